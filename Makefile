@@ -1,0 +1,57 @@
+# Everything a checkout needs, on a machine with Python 3.11+, a C compiler and make. `make demo` and `make test` do their own set-up.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard rt/*.pyx rt/*.pxi rt/*.h)
+# venv and headers for the build; the test hosts are network namespaces.
+DEBIAN := python3-venv python3-dev iproute2
+N ?= 4
+
+.PHONY: demo test check peers bench wheel packages clean
+
+demo: .stamp-build  ## train a small network on handwritten digits over 4 ranks
+	$(BIN)/rt.launch -n $(N) examples/train_digits.py --compare
+
+test: .stamp-build  ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .stamp-build  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest rt._fastpath --ignore-disjoint-bases
+	$(BIN)/cython-lint --max-line-length 140 --ignore E203 rt/*.pyx rt/*.pxi
+
+peers: .venv-peers/.stamp  ## torch (gloo), MLX and MPI, to measure against
+
+.venv-peers/.stamp: bench/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q -r bench/peers.txt
+	touch $@
+
+bench: .stamp-build peers  ## the table of the README
+	$(BIN)/rt.bench all_reduce -n 2 --front sync,async --peers gloo,mlx
+	$(BIN)/rt.bench all_reduce -n 4 --front sync,async --peers gloo
+
+wheel: .stamp-build  ## a wheel to copy to hosts without a compiler
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+.stamp-build: .stamp-venv $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+.stamp-venv: pyproject.toml .ci/dev-requirements | packages
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -U pip
+	$(BIN)/python -m pip install -q $$($(BIN)/python .ci/dev-requirements)
+	touch $@
+
+packages:  ## Debian packages: installed as root, else named
+	@command -v dpkg >/dev/null || exit 0; \
+	missing=$$(for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); [ -z "$$missing" ] || \
+	if [ $$(id -u) = 0 ]; then apt-get update -qq && apt-get install -y -qq $$missing; \
+	else echo "missing Debian packages; run: sudo apt-get install $$missing" >&2; fi
+
+clean:
+	rm -rf build dist .venv .venv-peers .stamp-* rt/*.so rt/_fastpath.c *.egg-info

@@ -1,0 +1,125 @@
+# A link: one ordered byte stream to one peer, that never blocks.
+#
+# May live here: how bytes are moved through a socket or through a Python object, and how links are made and closed. May not: frames
+# (_wire.pxi), configuration of sockets (transports/).
+#
+# The contract of send and recv: move what can be moved now and return the number of bytes; -EAGAIN if that is none; another negative
+# errno if the link is broken; recv returns 0 at the end of the stream.
+
+
+cdef ssize_t tcp_send(Link *link, iovec *parts, int count) noexcept nogil:
+    cdef msghdr message
+    cdef ssize_t n
+    memset(&message, 0, sizeof(message))
+    message.msg_iov = parts
+    message.msg_iovlen = count
+    while True:
+        n = sendmsg(link.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n >= 0:
+            return n
+        if errno != EINTR:
+            return -errno
+
+
+cdef ssize_t tcp_recv(Link *link, iovec *parts, int count) noexcept nogil:
+    cdef msghdr message
+    cdef ssize_t n
+    memset(&message, 0, sizeof(message))
+    message.msg_iov = parts
+    message.msg_iovlen = count
+    while True:
+        n = recvmsg(link.fd, &message, MSG_DONTWAIT)
+        if n >= 0:
+            return n
+        if errno != EINTR:
+            return -errno
+
+
+cdef ssize_t python_send(Link *link, iovec *parts, int count) noexcept with gil:
+    """Forward to ``owner.send(memoryview) -> int``: how much was taken, 0 for none now."""
+    cdef ssize_t total = 0
+    cdef ssize_t n
+    try:
+        for i in range(count):
+            if not parts[i].iov_len:
+                continue
+            n = (<object>link.owner).send(PyMemoryView_FromMemory(<char *>parts[i].iov_base, parts[i].iov_len, PyBUF_READ))
+            total += n
+            if n < <ssize_t>parts[i].iov_len:
+                break
+    except OSError as error:
+        return -(error.errno or EPIPE)
+    except Exception as error:
+        report_owner(<object>link.owner, error)
+        return -EPIPE
+    return total if total else -EAGAIN
+
+
+cdef ssize_t python_recv(Link *link, iovec *parts, int count) noexcept with gil:
+    """Forward to ``owner.recv_into(memoryview) -> int``: how much came, 0 for none now, -1 at the end of the stream."""
+    cdef ssize_t total = 0
+    cdef ssize_t n
+    try:
+        for i in range(count):
+            if not parts[i].iov_len:
+                continue
+            n = (<object>link.owner).recv_into(PyMemoryView_FromMemory(<char *>parts[i].iov_base, parts[i].iov_len, PyBUF_WRITE))
+            if n < 0:
+                return total
+            total += n
+            if n < <ssize_t>parts[i].iov_len:
+                break
+    except OSError as error:
+        return -(error.errno or ECONNRESET)
+    except Exception as error:
+        report_owner(<object>link.owner, error)
+        return -ECONNRESET
+    return total if total else -EAGAIN
+
+
+cdef report_owner(owner, error):
+    """A fault in a Python link ends that link; what it was must not vanish."""
+    import logging
+
+    logging.getLogger("rt").error("%r failed, its link is closed", owner, exc_info=error)
+
+
+cdef Link *link_new(Core *core, int peer) except NULL:
+    cdef Link *link = <Link *>calloc(1, sizeof(Link))
+    if link == NULL:
+        raise MemoryError
+    link.scratch = <char *>malloc(core.scratch_room)
+    if core.link_count == core.link_room:
+        core.link_room = 2 * core.link_room + 8
+        core.links = <Link **>realloc(core.links, core.link_room * sizeof(Link *))
+    if link.scratch == NULL or core.links == NULL:
+        raise MemoryError
+    link.fd = -1
+    link.peer = peer
+    link.index = core.link_count
+    link.readable = link.writable = True
+    core.links[core.link_count] = link
+    core.link_count += 1
+    return link
+
+
+cdef void link_close(Core *core, Link *link):
+    """Close the descriptor; the struct stays, dead, so that nothing can dangle."""
+    cdef Frame *frame
+    while link.frame_count:
+        frame = &link.frames[link.frame_first]
+        if frame.owned:
+            free(frame.body)
+        link.frame_first = (link.frame_first + 1) % FRAMES_QUEUED
+        link.frame_count -= 1
+    if link.fd >= 0:
+        rt_poll_remove(core.poll_set, link.fd)
+        close(link.fd)
+        link.fd = -1
+    if link.owner != NULL:
+        Py_DECREF(<object>link.owner)
+        link.owner = NULL
+    link.rx_dead = link.tx_dead = True
+    free(link.stash)
+    link.stash = NULL
+    link.in_frame = False

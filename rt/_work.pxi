@@ -1,0 +1,193 @@
+# The Python face of a work.
+#
+# May live here: what ties a WorkState to its owner (memory, outcome, who waits), and giving the caller's memory back early. May not:
+# how one waits; the drivers (rt.aio, rt.sync) know that.
+
+cdef class Work:
+    """A collective in flight: its memory, its outcome, and who is to be told.
+
+    Attributes:
+        result: what the collective returns; valid once ``state`` is DONE.
+        error: callable that makes the exception of a failed work from the work.
+        state: FLYING, DONE or FAILED.
+        sequence: number of the work in its channel.
+        received: bytes that had come for it when it failed.
+    """
+    cdef WorkState *work
+    cdef Program program
+    cdef readonly object source
+    cdef readonly object target
+    cdef public object result
+    cdef public object error
+    cdef readonly int state
+    cdef readonly uint32_t sequence
+    cdef readonly Py_ssize_t received
+    cdef list waiters
+    cdef object __weakref__
+
+    cdef attach(self, WorkState *work, Program program, source, target):
+        if self.work != NULL:
+            raise RuntimeError("a work is submitted once")
+        self.work = work
+        self.program = program
+        self.source = source
+        self.target = target
+        work.handle = <PyObject *>self
+        Py_INCREF(self)
+
+    cdef detach(self, int state):
+        self.work = NULL
+        self.state = state
+        self.source = self.target = None
+
+    cdef tell(self):
+        waiters = self.waiters
+        self.waiters = None
+        for waiter in waiters:
+            waiter()
+
+    def add_waiter(self, waiter):
+        """Have ``waiter()`` called, by whatever thread makes the progress, when the work ends; False if it has ended."""
+        if self.state != STATE_FLYING:
+            return False
+        if self.waiters is None:
+            self.waiters = []
+        self.waiters.append(waiter)
+        return True
+
+    def remove_waiter(self, waiter):
+        if self.waiters is not None and waiter in self.waiters:
+            self.waiters.remove(waiter)
+
+    def fail(self, error):
+        """End a work that was never submitted."""
+        self.error = error
+        self.state = STATE_FAILED
+        if self.waiters is not None:
+            self.tell()
+
+    def finish(self, result):
+        """End a work that had nothing to wait for."""
+        self.result = result
+        self.state = STATE_DONE
+        if self.waiters is not None:
+            self.tell()
+
+    def outcome(self):
+        """Return the result or raise the error; only once the work has ended."""
+        if self.state == STATE_DONE:
+            return self.result
+        if self.state == STATE_FAILED:
+            raise self.error(self)
+        raise RuntimeError("the work is still in flight")
+
+
+cdef void rebase(WorkState *work, const char *start, Py_ssize_t nbytes, Py_ssize_t shift) noexcept nogil:
+    """Move every pointer of a work into ``start .. start + nbytes`` by ``shift`` bytes."""
+    cdef int i, k
+    cdef Link *link
+    cdef Frame *frame
+    for i in range(2):
+        if work.buffers[i] != NULL and start <= work.buffers[i] < start + nbytes:
+            work.buffers[i] += shift
+    for i in range(work.slot_count):
+        link = work.slots[i].link
+        for k in range(link.frame_count):
+            frame = &link.frames[(link.frame_first + k) % FRAMES_QUEUED]
+            # A link may serve several slots, so a frame may be met twice; the second time it lies outside.
+            if frame.work == work and not frame.owned and start <= frame.body < start + nbytes:
+                frame.body += shift
+
+
+def move_memory(Engine engine not None, Work handle not None, old, new, bint copy):
+    """Let a work in flight use ``new`` where it used ``old``, so that the caller's memory is free when this returns.
+
+    Args:
+        old: the caller's array, source or target of the work.
+        new: an array of the same size, private to the runtime.
+        copy: copy the bytes over first, with the engine stopped; False if ``new`` holds them already.
+    """
+    cdef const char *start = <const char *>cnp.PyArray_DATA(<cnp.ndarray>old)
+    cdef char *fresh = <char *>cnp.PyArray_DATA(<cnp.ndarray>new)
+    cdef Py_ssize_t nbytes = cnp.PyArray_NBYTES(<cnp.ndarray>old)
+    engine.lock()
+    if handle.work != NULL:
+        with nogil:
+            if copy:
+                memcpy(fresh, start, nbytes)
+            rebase(handle.work, start, nbytes, fresh - start)
+        if handle.source is old:
+            handle.source = new
+        if handle.target is old:
+            handle.target = new
+    engine.unlock()
+
+
+cdef Py_ssize_t received_bytes(WorkState *work) noexcept nogil:
+    cdef Py_ssize_t total = 0
+    cdef int i
+    cdef Step *step
+    for i in range(work.plan.step_count):
+        step = &work.plan.steps[i]
+        if step.kind == RECV or step.kind == RECV_REDUCE:
+            total += work.done[i] * step.wire
+    return total
+
+
+cdef class Sleeper:
+    """Puts one thread to sleep until an engine can make progress or a work ends. One per thread."""
+    cdef int fds[2]
+
+    def __cinit__(self):
+        if rt_wake_create(self.fds) < 0:
+            raise OSError(errno, os.strerror(errno))
+
+    def __dealloc__(self):
+        close(self.fds[0])
+        if self.fds[1] != self.fds[0]:
+            close(self.fds[1])
+
+    def __call__(self):
+        rt_wake_signal(self.fds[1])
+
+
+def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None, double seconds, double spin):
+    """Drive the engine until a work ends; return False if ``seconds`` (negative: for ever) ended first.
+
+    Spins for at most ``spin`` seconds before each sleep. Signals are handled while it sleeps (so Ctrl-C raises), and every so often
+    while it is busy.
+    """
+    cdef double deadline = rt_now() + seconds if seconds >= 0 else -1
+    cdef double until, now, signals = rt_now() + 0.05
+    cdef int status, slept
+    cdef double rest = -1
+    if not handle.add_waiter(sleeper):
+        return True
+    rt_wake_drain(sleeper.fds[0])
+    try:
+        while handle.state == STATE_FLYING:
+            until = rt_now() + spin
+            while True:
+                status = engine.progress(1 << 24)
+                if handle.state != STATE_FLYING:
+                    return True
+                now = rt_now()
+                if now > signals:
+                    PyErr_CheckSignals()
+                    signals = now + 0.05
+                if deadline >= 0 and now >= deadline:
+                    return False
+                if status != PROGRESS_BUDGET and now >= until:
+                    break
+            if deadline >= 0:
+                rest = deadline - now
+            with nogil:
+                slept = rt_poll_sleep(engine.core.poll_set, sleeper.fds[0], rest)
+            if slept < 0:
+                PyErr_CheckSignals()
+        return True
+    finally:
+        handle.remove_waiter(sleeper)
+        # What one thread leaves undone another may be waiting for.
+        if engine.core.active_count:
+            engine.wake()

@@ -1,0 +1,155 @@
+"""The asyncio driver: how a work is awaited, and how an event loop moves an engine.
+
+May live here: everything that touches an event loop. May not: what a collective is or means; the engine is moved only through
+``progress``, which never waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rt import _fastpath
+
+if TYPE_CHECKING:
+    from rt.group import CoreGroup
+
+BUDGET_BYTES = 1 << 20  # moved per turn of the loop: about 0.3 ms
+FAIR_SECONDS = 1e-3  # awaits that never suspend hand the loop over once in this time
+_SLICE_BYTES = 1 << 20
+
+
+class LoopDriver:
+    """Moves one engine from one event loop: a reader on the engine's descriptor, and ``call_soon`` while there is more to do."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, engine: _fastpath.Engine) -> None:
+        self.loop = loop
+        self.thread = threading.get_ident()
+        self.turned = time.monotonic()
+        self._engine = engine
+        self._scheduled = False
+        self._fd = engine.fileno()
+        loop.add_reader(self._fd, self._turn)
+
+    def _turn(self) -> None:
+        self._scheduled = False
+        self.follow(self._engine.progress(BUDGET_BYTES))
+
+    def follow(self, status: int) -> None:
+        """Do what the engine's last answer asks for."""
+        if status == _fastpath.BUDGET and not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._turn)
+
+    def waiter(self, future: asyncio.Future[None]) -> Callable[[], None]:
+        """Return what ends ``future`` from whatever thread finished the work."""
+
+        def end() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        def tell() -> None:
+            if threading.get_ident() == self.thread:
+                end()
+            elif not self.loop.is_closed():
+                self.loop.call_soon_threadsafe(end)
+
+        return tell
+
+    def detach(self) -> None:
+        """Stop watching; in the loop's own thread, or after the loop has closed."""
+        if not self.loop.is_closed():
+            self.loop.remove_reader(self._fd)
+
+
+class Work(_fastpath.Work):
+    """A collective under way. Await it (again and again, if you like) for its result.
+
+    Cancelling the await, also by ``asyncio.timeout``, never harms the group: the collective goes on with a private copy, and
+    ``CancelledError`` arrives once the caller's memory is free.
+
+    Attributes:
+        group: the group it runs on.
+        what: what was called, for messages, for example ``all_sum``.
+        about: dtype and size, for messages.
+    """
+
+    def __init__(self, group: CoreGroup, what: str = "", about: str = "") -> None:
+        self.group = group
+        self.what = what
+        self.about = about
+        self.borrows_source = False
+        self.borrows_target = False
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        loop = asyncio.get_running_loop()
+        if self.state == _fastpath.FLYING:
+            future: asyncio.Future[None] = loop.create_future()
+            driver = self.group.driver(loop)
+            waiter = driver.waiter(future)
+            if self.add_waiter(waiter):
+                try:
+                    yield from future
+                except BaseException:
+                    self.remove_waiter(waiter)
+                    yield from self._give_back_in_slices()
+                    raise
+            driver.turned = time.monotonic()
+        elif (attached := self.group.driver_of(loop)) is not None and time.monotonic() - attached.turned > FAIR_SECONDS:
+            yield
+            attached.turned = time.monotonic()
+        return self.outcome()
+
+    def limit(self, seconds: float) -> None:
+        """Give the work that many seconds from now; needs a running loop."""
+        world = self.group.world
+        assert world is not None
+        timer = asyncio.get_running_loop().call_later(seconds, world.timed_out, self, seconds)
+        self.add_waiter(timer.cancel)
+
+    def done(self) -> bool:
+        """Say whether the collective has ended, well or badly."""
+        return self.state != _fastpath.FLYING
+
+    def __repr__(self) -> str:
+        state = ("in flight", "done", "failed")[self.state]
+        return f"<rt.Work {self.describe()} {state}>"
+
+    def describe(self) -> str:
+        """Return ``all_sum #17 (float32, 4096 B)``."""
+        return f"{self.what} #{self.sequence} ({self.about})"
+
+    def give_back(self) -> None:
+        """Free the caller's memory at once: the work goes on with private copies."""
+        for _ in self._give_back():
+            pass
+
+    def _give_back_in_slices(self) -> Generator[None, None, None]:
+        """As ``give_back``, with a turn of the loop between slices; a second cancellation does not end it early."""
+        for _ in self._give_back():
+            try:
+                yield
+            except asyncio.CancelledError:
+                continue
+
+    def _give_back(self) -> Generator[None, None, None]:
+        engine = self.group.engine
+        source, target = self.source, self.target
+        if engine is None or self.state != _fastpath.FLYING:
+            return
+        if self.borrows_source and not (self.borrows_target and np.may_share_memory(source, target)):
+            private = np.empty(source.nbytes, np.uint8)
+            old = source.reshape(-1).view(np.uint8)
+            for start in range(0, source.nbytes, _SLICE_BYTES):
+                if start:
+                    yield
+                private[start : start + _SLICE_BYTES] = old[start : start + _SLICE_BYTES]
+            _fastpath.move_memory(engine, self, source, private, False)
+        if self.borrows_target:
+            # The engine writes there, so it must stand still while the bytes are copied: no slices.
+            _fastpath.move_memory(engine, self, target, np.empty(target.nbytes, np.uint8), True)

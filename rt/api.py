@@ -1,0 +1,209 @@
+"""The calls users make, written once for both front ends.
+
+May live here: names, signatures and documentation of the public calls. May not: anything that differs between ``rt`` and ``rt.sync``
+beyond the two hooks below, argument checks (``collectives``), waiting.
+
+A front end is an ``Api`` that says how a started work is handed out (``_run``: awaitable, or its result) and how the world is found
+(``_core``). ``Api``'s bound methods are the functions of the modules ``rt`` and ``rt.sync``; ``Group`` offers the same as methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from rt import collectives
+from rt.aio import Work
+from rt.errors import ConfigError
+from rt.group import CoreGroup
+
+R = TypeVar("R")  # what a call returns: an awaitable of the array, or the array
+Start = Callable[[CoreGroup], Work]
+
+
+class Api(Generic[R]):
+    """Collectives on the world or on ``group``.
+
+    Keyword arguments that every call takes:
+
+    Args:
+        group: a ``Group`` of either front end; None: the world, formed now if it was not (as ``init()`` does).
+        stream: for accelerators; must be None on this backend.
+        out: C-contiguous NumPy array that receives the result; may be x itself or, for all_gather and sum_scatter, in place by NCCL's
+            rules (x is this rank's block of out, or out is this rank's block of x). Any other overlap with x is a ValueError.
+        timeout: seconds until the call fails with ``CollectiveTimeoutError`` and breaks the group; None: the group's, default for ever.
+        key: kept for order-free matching; must be None.
+
+    Every call may raise ``GroupBrokenError`` (one of its kinds), ``GroupClosedError``, and TypeError or ValueError for bad arguments.
+    Calls are matched between ranks in the order in which each rank makes them: call order is wire order.
+    """
+
+    def _run(self, group: Any, start: Start, timeout: float | None, stream: Any, key: Any, finish: Callable[[Any], Any] | None = None) -> R:
+        raise NotImplementedError
+
+    def all_reduce(
+        self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """Combine x of all ranks elementwise; every rank gets the result, bit-identical, of x's shape and dtype.
+
+        Args:
+            x: array or Python number, of the same shape and dtype on all ranks.
+            op: ``sum prod min max`` on every dtype; ``mean`` on floating and complex dtypes; ``and or xor`` on bool and integers. Integers
+                wrap; on bool, sum is or, prod is and; half types accumulate in float32 and round once; min and max propagate NaN and
+                order complex numbers lexicographically.
+        """
+        return self._run(group, lambda core: collectives.all_reduce(core, x, op, out), timeout, stream, key)
+
+    def all_sum(self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """Sum x over all ranks: ``all_reduce(x, "sum")``."""
+        return self._run(group, lambda core: collectives.all_reduce(core, x, "sum", out, "all_sum"), timeout, stream, key)
+
+    def all_max(self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """Elementwise maximum of x over all ranks: ``all_reduce(x, "max")``."""
+        return self._run(group, lambda core: collectives.all_reduce(core, x, "max", out, "all_max"), timeout, stream, key)
+
+    def all_min(self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """Elementwise minimum of x over all ranks: ``all_reduce(x, "min")``."""
+        return self._run(group, lambda core: collectives.all_reduce(core, x, "min", out, "all_min"), timeout, stream, key)
+
+    def all_gather(self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """Concatenate x of all ranks along axis 0, in rank order: ``(d0, ...)`` becomes ``(size * d0, ...)``, ``()`` becomes ``(size,)``."""
+        return self._run(group, lambda core: collectives.all_gather(core, x, out), timeout, stream, key)
+
+    def sum_scatter(
+        self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """Reduce-scatter along axis 0: of the reduction of x, ``(d0, ...)``, rank r gets block r, ``(d0 / size, ...)``.
+
+        Raises:
+            ValueError: x has no axis 0, or its length is not a multiple of the group's size.
+        """
+        return self._run(group, lambda core: collectives.sum_scatter(core, x, op, out), timeout, stream, key)
+
+    def broadcast(
+        self, x: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """Return the root's x on every rank. The others pass an array of the same shape and dtype; only its form counts."""
+        return self._run(group, lambda core: collectives.broadcast(core, x, root, out), timeout, stream, key)
+
+    def barrier(self, *, group: Any = None, stream: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """Return None once every rank has called."""
+        return self._run(group, collectives.barrier, timeout, stream, key)
+
+    def send(
+        self, x: Any, dst: int, *, group: Any = None, stream: Any = None, timeout: float | None = None, key: Any = None, tag: int = 0
+    ) -> R:
+        """Send x to rank ``dst``; returns x when its memory is free, which small messages (up to 64 KiB) do not wait for the receiver for.
+
+        The k-th send to a rank under a tag meets the k-th recv there from this rank under that tag, whatever else is under way.
+        """
+        return self._run(group, lambda core: collectives.send(core, x, dst, tag), timeout, stream, key)
+
+    def recv(
+        self, shape: Any, dtype: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None,
+        key: Any = None, tag: int = 0,
+    ) -> R:  # fmt: skip
+        """Receive an array of ``shape`` and ``dtype`` from rank ``src``; a sender with another shape or dtype is a MismatchError."""
+        return self._run(group, lambda core: collectives.recv(core, shape, dtype, src, out, tag), timeout, stream, key)
+
+    def recv_like(
+        self, x: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None, tag: int = 0
+    ) -> R:
+        """Receive an array of x's shape and dtype from rank ``src``."""
+        shape, dtype = collectives.like(x)
+        return self._run(group, lambda core: collectives.recv(core, shape, dtype, src, out, tag, "recv_like"), timeout, stream, key)
+
+
+class Group(Generic[R]):
+    """Some ranks, in an order. Made by ``init()`` and ``split()``; every collective is also a method of it.
+
+    Groups of ``rt`` and of ``rt.sync`` are faces of the same core and accept each other wherever a group is expected.
+    """
+
+    _api: Api[R]
+
+    def __init__(self, core: CoreGroup) -> None:
+        if not isinstance(core, CoreGroup):
+            raise TypeError("groups are made by init() and split()")
+        self._core = core
+
+    def rank(self) -> int:
+        """Return this process' rank in the group."""
+        return self._core.rank
+
+    def size(self) -> int:
+        """Return the number of ranks."""
+        return self._core.size
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__module__}.Group {self._core.name}: rank {self._core.rank} of {self._core.size}>"
+
+    def abort(self) -> None:
+        """End every work of the group now, on all ranks, with ``GroupAbortedError``. Plain in both front ends; does not wait."""
+        if self._core.world is not None:
+            self._core.world.abort(self._core)
+
+    def all_reduce(self, x: Any, op: str = "sum", **keywords: Any) -> R:
+        """As ``rt.all_reduce`` on this group."""
+        return self._api.all_reduce(x, op, group=self, **keywords)
+
+    def all_sum(self, x: Any, **keywords: Any) -> R:
+        """As ``rt.all_sum`` on this group."""
+        return self._api.all_sum(x, group=self, **keywords)
+
+    def all_max(self, x: Any, **keywords: Any) -> R:
+        """As ``rt.all_max`` on this group."""
+        return self._api.all_max(x, group=self, **keywords)
+
+    def all_min(self, x: Any, **keywords: Any) -> R:
+        """As ``rt.all_min`` on this group."""
+        return self._api.all_min(x, group=self, **keywords)
+
+    def all_gather(self, x: Any, **keywords: Any) -> R:
+        """As ``rt.all_gather`` on this group."""
+        return self._api.all_gather(x, group=self, **keywords)
+
+    def sum_scatter(self, x: Any, op: str = "sum", **keywords: Any) -> R:
+        """As ``rt.sum_scatter`` on this group."""
+        return self._api.sum_scatter(x, op, group=self, **keywords)
+
+    def broadcast(self, x: Any, root: int = 0, **keywords: Any) -> R:
+        """As ``rt.broadcast`` on this group."""
+        return self._api.broadcast(x, root, group=self, **keywords)
+
+    def barrier(self, **keywords: Any) -> R:
+        """As ``rt.barrier`` on this group."""
+        return self._api.barrier(group=self, **keywords)
+
+    def send(self, x: Any, dst: int, **keywords: Any) -> R:
+        """As ``rt.send`` on this group."""
+        return self._api.send(x, dst, group=self, **keywords)
+
+    def recv(self, shape: Any, dtype: Any, src: int, **keywords: Any) -> R:
+        """As ``rt.recv`` on this group."""
+        return self._api.recv(shape, dtype, src, group=self, **keywords)
+
+    def recv_like(self, x: Any, src: int, **keywords: Any) -> R:
+        """As ``rt.recv_like`` on this group."""
+        return self._api.recv_like(x, src, group=self, **keywords)
+
+
+def core_of(group: Any) -> CoreGroup:
+    """Return the core of a group of either front end.
+
+    Raises:
+        TypeError: ``group`` is no group.
+    """
+    if isinstance(group, Group):
+        return group._core
+    raise TypeError(f"group must be a Group made by init() or split(), not {type(group).__name__}")
+
+
+def check_common(timeout: float | None, stream: Any, key: Any) -> None:
+    """Refuse what this backend cannot honour rather than ignore it."""
+    if stream is not None:
+        raise ConfigError("stream= is for accelerator backends; the ring takes stream=None")
+    if key is not None:
+        raise ConfigError("key= (order-free matching) is not available yet; use a sub-group or tag= to order calls independently")
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")

@@ -1,0 +1,279 @@
+"""The collectives: arguments are checked, memory is found, a work is started.
+
+May live here: what callers may pass, what they get back, and the errors for anything else. May not: waiting, algorithms, links. Every
+function takes a core group and returns a Work at once; both front ends call these and nothing else.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from rt.aio import Work
+from rt.dtypes import OPS, DType, Op, code_of, numpy_dtype, op_supported
+from rt.group import Call, CoreGroup, hash64
+from rt.schedule import Collective
+
+_SCALARS = (bool, int, float, complex, np.generic)
+
+
+def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_reduce") -> Work:
+    """Start an all-reduce; the result has x's shape."""
+    work = Work(group)
+    code = _operator(op)
+    array = _array(x, what, work)
+    dtype = code_of(array.dtype)
+    if not op_supported(dtype, code):
+        needed = "floating or complex dtypes" if code is Op.MEAN else "bool or integer dtypes"
+        raise TypeError(f"{what}: op {op!r} is for {needed}, not {array.dtype}")
+    if group.size == 1:
+        return _alone(work, x, array, out, what)
+    target = _target(out, array.shape, array, what, work)
+    alias = (0, 0) if target is array else _aliasing(array, target, what, {(0, 0)})
+    work.result = target
+    group.submit(what, Call(Collective.ALL_REDUCE, dtype, code, array.shape, array.size, alias=alias), array, target, work)
+    return work
+
+
+def all_gather(group: CoreGroup, x: Any, out: Any) -> Work:
+    """Start an all-gather: blocks of all ranks along axis 0, in rank order."""
+    work = Work(group)
+    array = _array(x, "all_gather", work)
+    dtype = code_of(array.dtype)
+    if group.size == 1:
+        return _alone(work, x, array, out, "all_gather")
+    shape = (group.size * array.shape[0], *array.shape[1:]) if array.ndim else (group.size,)
+    target = _target(out, shape, array, "all_gather", work)
+    alias = _aliasing(array, target, "all_gather", {(group.rank * array.size, 0)})
+    work.result = target
+    call = Call(Collective.ALL_GATHER, dtype, Op.SUM, array.shape, array.size, alias=alias)
+    group.submit("all_gather", call, array, target, work)
+    return work
+
+
+def sum_scatter(group: CoreGroup, x: Any, op: str, out: Any) -> Work:
+    """Start a reduce-scatter: this rank's block, along axis 0, of the reduction."""
+    work = Work(group)
+    code = _operator(op)
+    array = _array(x, "sum_scatter", work)
+    dtype = code_of(array.dtype)
+    if not op_supported(dtype, code):
+        raise TypeError(f"sum_scatter: op {op!r} is not defined on {array.dtype}")
+    if group.size == 1:
+        return _alone(work, x, array, out, "sum_scatter")
+    if array.ndim == 0 or array.shape[0] % group.size:
+        raise ValueError(
+            f"[sum_scatter] Invalid shape={array.shape} for a group of size {group.size}. The first dimension (axis 0) must be divisible "
+            "by the group size and input must have at least one."
+        )
+    shape = (array.shape[0] // group.size, *array.shape[1:])
+    target = _target(out, shape, array, "sum_scatter", work)
+    alias = _aliasing(array, target, "sum_scatter", {(0, group.rank * target.size)})
+    work.result = target
+    call = Call(Collective.REDUCE_SCATTER, dtype, code, array.shape, target.size, alias=alias)
+    group.submit("sum_scatter", call, array, target, work)
+    return work
+
+
+def broadcast(group: CoreGroup, x: Any, root: int, out: Any) -> Work:
+    """Start a broadcast of the root's x; the others pass an array of the same shape and dtype, whose content does not matter."""
+    work = Work(group)
+    array = _array(x, "broadcast", work)
+    dtype = code_of(array.dtype)
+    root = _rank(root, group, "root")
+    if group.size == 1:
+        return _alone(work, x, array, out, "broadcast")
+    target = _target(out, array.shape, array, "broadcast", work)
+    alias = (0, 0) if target is array else _aliasing(array, target, "broadcast", {(0, 0)})
+    work.result = target
+    call = Call(Collective.BROADCAST, dtype, Op.SUM, array.shape, array.size, root=root, alias=alias)
+    group.submit("broadcast", call, array, target, work)
+    return work
+
+
+def barrier(group: CoreGroup) -> Work:
+    """Start a barrier: done when every rank has called."""
+    work = Work(group)
+    if group.size == 1:
+        work.finish(None)
+        return work
+    group.submit("barrier", Call(Collective.BARRIER, DType.UINT8, Op.SUM, (), 0), None, None, work)
+    return work
+
+
+def send(group: CoreGroup, x: Any, dst: int, tag: int) -> Work:
+    """Start a send; the result is x."""
+    work = Work(group)
+    array = _array(x, "send", work)
+    dtype = code_of(array.dtype)
+    peer = _peer(dst, group, "send to", "destination")
+    work.result = x if isinstance(x, np.ndarray) else array
+    call = Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=peer, tag=_tag(tag))
+    group.submit("send", call, array, None, work)
+    return work
+
+
+def recv(group: CoreGroup, shape: Any, dtype: Any, src: int, out: Any, tag: int, what: str = "recv") -> Work:
+    """Start a receive of an array of the given shape and dtype."""
+    work = Work(group)
+    peer = _peer(src, group, "recv from", "source")
+    code = code_of(dtype)
+    sides = _shape(shape)
+    target = _target(out, sides, None, what, work, numpy_dtype(code))
+    work.result = target
+    group.submit(what, Call(Collective.RECV, code, Op.SUM, sides, target.size, root=peer, tag=_tag(tag)), None, target, work)
+    return work
+
+
+def like(x: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of what ``recv_like`` is given."""
+    array = _array(x, "recv_like", None)
+    return array.shape, array.dtype
+
+
+# -- arguments ------------------------------------------------------------------------------------------------------------------------
+
+def _operator(op: str) -> Op:
+    try:
+        return OPS[op]
+    except (KeyError, TypeError):
+        raise ValueError(f"op must be one of {', '.join(OPS)}, not {op!r}") from None
+
+
+def _array(x: Any, what: str, work: Work | None) -> np.ndarray[Any, Any]:
+    """Return x as a C-contiguous, aligned array: x itself where it is one, else a copy."""
+    if isinstance(x, np.ndarray):
+        array = x
+    elif isinstance(x, _SCALARS):
+        array = np.asarray(x)
+    elif isinstance(x, (list, tuple)):
+        raise TypeError(f"{what}: expected an array or a number, got a {type(x).__name__}; use numpy.array(...) first")
+    else:
+        try:
+            array = np.asarray(memoryview(x)) if not hasattr(x, "__array__") else np.asarray(x)
+        except TypeError:
+            raise TypeError(f"{what}: expected an array or a number, got {type(x).__name__}") from None
+    flags = array.flags
+    if flags.c_contiguous and flags.aligned:
+        if work is not None:
+            work.borrows_source = True
+        return array
+    # "C" order with a fresh buffer; np.ascontiguousarray would turn 0-d into 1-d.
+    return np.array(array, order="C", copy=True)
+
+
+def _target(
+    out: Any, shape: tuple[int, ...], like_array: np.ndarray[Any, Any] | None, what: str, work: Work, dtype: Any = None
+) -> np.ndarray[Any, Any]:
+    """Return the array results go to, of ours or the caller's ``out``."""
+    if like_array is not None:
+        dtype = like_array.dtype
+    if out is None:
+        return np.empty(shape, dtype)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"{what}: out must be a NumPy array, not {type(out).__name__}")
+    if out.dtype != dtype or out.shape != shape:
+        raise ValueError(f"{what}: out must have shape {shape} and dtype {dtype}, but has shape {out.shape} and dtype {out.dtype}")
+    flags = out.flags
+    if not (flags.c_contiguous and flags.aligned and flags.writeable):
+        raise ValueError(f"{what}: out must be C-contiguous, aligned and writeable")
+    work.borrows_target = True
+    return out
+
+
+def _aliasing(x: np.ndarray[Any, Any], out: np.ndarray[Any, Any], what: str, allowed: set[tuple[int, int]]) -> tuple[int, int] | None:
+    """Return where x and out start, in items, if they share memory in an allowed way; None if they share none."""
+    if not np.may_share_memory(x, out):
+        return None
+    distance, rest = divmod(out.ctypes.data - x.ctypes.data, x.itemsize)
+    found = (max(0, -distance), max(0, distance))
+    if rest == 0 and found in allowed:
+        return found
+    if not np.shares_memory(x, out):
+        return None
+    raise ValueError(f"{what}: out overlaps x; it may be x itself or this rank's block, or share no memory with it")
+
+
+def _alone(work: Work, x: Any, array: np.ndarray[Any, Any], out: Any, what: str) -> Work:
+    """A group of one: the result is x."""
+    if out is not None:
+        target = _target(out, array.shape, array, what, work)
+        if target is not array:
+            np.copyto(target, array)
+        work.finish(target)
+    else:
+        work.finish(x if isinstance(x, np.ndarray) else array)
+    return work
+
+
+def _rank(rank: Any, group: CoreGroup, name: str) -> int:
+    try:
+        value = operator.index(rank)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {type(rank).__name__}") from None
+    if not 0 <= value < group.size:
+        raise ValueError(f"Invalid {name}={value} for a group of size {group.size}")
+    return value
+
+
+def _peer(rank: Any, group: CoreGroup, doing: str, name: str) -> int:
+    if group.size == 1:
+        raise ValueError(f"Cannot {doing} a singleton group")
+    peer = _rank(rank, group, name)
+    if peer == group.rank:
+        raise ValueError(f"Invalid {name}={peer}: a rank cannot {doing} itself")
+    return peer
+
+
+def _tag(tag: Any) -> int:
+    try:
+        return operator.index(tag)
+    except TypeError:
+        raise TypeError(f"tag must be an integer, not {type(tag).__name__}") from None
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    try:
+        sides = (operator.index(shape),) if not isinstance(shape, (tuple, list)) else tuple(operator.index(side) for side in shape)
+    except TypeError:
+        raise TypeError(f"shape must be a sequence of integers, not {shape!r}") from None
+    if any(side < 0 for side in sides):
+        raise ValueError(f"shape must not have negative sides, got {sides}")
+    return sides
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------------------------
+
+_SPLIT = 1  # tag in the signature of the all-gather behind split: it must not be taken for a user's
+
+
+def split(group: CoreGroup, color: int, key: int) -> Work:
+    """Start to exchange the colors and keys of a split; ``split_group`` makes the group from the result."""
+    work = Work(group)
+    mine = np.array([operator.index(color), operator.index(key)], np.int64)
+    if group.size == 1:
+        work.finish(mine.reshape(1, 2))
+        return work
+    work.result = np.empty((group.size, 2), np.int64)
+    call = Call(Collective.ALL_GATHER, DType.INT64, Op.SUM, (2,), 2, tag=_SPLIT)
+    group.submit("split", call, mine, work.result, work)
+    return work
+
+
+def split_group(group: CoreGroup, pairs: np.ndarray[Any, Any]) -> CoreGroup:
+    """Return this rank's group of a split: same color, ordered by key, ties by rank; a negative key means the rank."""
+    group.splits += 1
+    if group.world is None or group.size == 1:
+        return CoreGroup(group.world, group.ranks, 0, f"{group.name}.split", hash64(group.identity, "split", group.splits), group.timeout)
+    color = int(pairs[group.rank, 0])
+    members = [rank for rank in range(group.size) if pairs[rank, 0] == color]
+    members.sort(key=lambda rank: (int(pairs[rank, 1]) if pairs[rank, 1] >= 0 else rank, rank))
+    return group.world.new_group(
+        [group.ranks[rank] for rank in members],
+        members.index(group.rank),
+        f"{group.name}.split(color={color})",
+        hash64(group.identity, "split", group.splits, color),
+        group.timeout,
+    )

@@ -1,0 +1,490 @@
+"""From keywords and environment to one frozen description of the job.
+
+May live here: names of variables, parsing, precedence, the text of configuration errors. May not: opening connections, importing torch or
+MPI, anything that waits for a peer. Everything after this file works on :class:`RingConfig` and never looks at the environment.
+
+A *set* is a source of a rank and of a place to meet: keywords and ``RT_*`` (one set: a keyword takes the place of its variable), ``MLX_*``,
+torchrun, then MPI's and Slurm's ranks. The first set that is begun must be complete; all sets present must agree on the rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rt.errors import ConfigError
+from rt.secret import Secret, resolve_secret
+
+Address = tuple[str, int]
+Environ = Mapping[str, str]
+BACKENDS = ("any", "mpi", "nccl", "jaccl", "ring")
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_RANK_AND_SIZE = (  # launchers that number ranks but say nothing of where to meet, in order of precedence
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)
+_RING_FILE = 'a JSON list with one list of "ip:port" per rank'
+
+
+@dataclass(frozen=True)
+class RingConfig:
+    """What a rank knows before it meets the others; exactly one of ``addresses``, ``coordinator`` and ``store`` is not None.
+
+    Attributes:
+        rank: this process, 0 <= rank < size.
+        size: number of ranks.
+        addresses: from a ring file: per rank its (host, port) list, one connection per address.
+        coordinator: rank 0 listens there and the ranks exchange addresses.
+        store: the TCPStore of torchrun's agent, through which rank 0 publishes its coordinator.
+        connections: sockets per pair of ranks; with a ring file the number of addresses per rank.
+        job: 32 hexadecimal digits, equal on all ranks of a job and on no others. It covers the meeting place as spelled (but for case and
+            the many ways to write an IP address), so all ranks must spell it alike.
+        connect_timeout: seconds until the ranks must have met.
+        timeout: seconds a collective may take, None for ever.
+        secret: what connections prove to know.
+        coordinator_fd: rank 0 only: an inherited listening socket for ``coordinator``.
+        source: what configured this, for messages, for example ``RT_RANK, RT_HOSTFILE``.
+    """
+
+    rank: int
+    size: int
+    addresses: tuple[tuple[Address, ...], ...] | None
+    coordinator: Address | None
+    store: Address | None
+    connections: int
+    job: str
+    connect_timeout: float
+    timeout: float | None
+    secret: Secret
+    coordinator_fd: int | None
+    source: str
+
+
+class _Given(NamedTuple):
+    """One value and the keyword or variable it came from."""
+
+    name: str
+    value: Any
+
+
+class _Place(NamedTuple):
+    """Who and where, before the settings that every source shares."""
+
+    rank: int
+    rank_from: str
+    size: int
+    source: str
+    addresses: tuple[tuple[Address, ...], ...] | None = None
+    coordinator: Address | None = None
+    store: Address | None = None
+    coordinator_fd: int | None = None
+    run_id: str = ""
+
+
+def resolve_ring(
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    coordinator: str | None = None,
+    hostfile: str | os.PathLike[str] | None = None,
+    connections_per_ip: int | None = None,
+    connect_timeout: float | None = None,
+    timeout: float | None = None,
+    secret: bytes | str | None = None,
+    mpi_ok: bool = False,
+    environ: Environ = os.environ,
+) -> RingConfig | None:
+    """Find out rank, size, meeting place and settings of the ring.
+
+    Args:
+        rank: this process; ``RT_RANK``.
+        world_size: number of ranks; ``RT_WORLD_SIZE``.
+        coordinator: ``host:port`` or ``[v6]:port`` where rank 0 listens; ``RT_COORDINATOR``. Excludes a hostfile.
+        hostfile: path of a ring file; ``RT_HOSTFILE``. Excludes a coordinator.
+        connections_per_ip: sockets per pair of ranks, without a ring file; ``RT_CONNECTIONS_PER_IP``, default 1.
+        connect_timeout: seconds; ``RT_CONNECT_TIMEOUT``, default 60.
+        timeout: seconds per collective; ``RT_TIMEOUT``, default for ever.
+        secret: at least 16 bytes or characters; see :func:`rt.secret.resolve_secret`.
+        mpi_ok: let the ranks of Open MPI, MPICH or Slurm count, together with a coordinator.
+        environ: the environment.
+
+    Returns:
+        The configuration, or None if nothing begins to configure a ring.
+
+    Raises:
+        ConfigError: begun but incomplete, malformed or contradictory; one line that names the keyword, variable or file.
+    """
+    who = _pick("rank", rank, "RT_RANK", environ)
+    size = _pick("world_size", world_size, "RT_WORLD_SIZE", environ)
+    where = _meeting(coordinator, hostfile, environ)
+    place = _place(who, size, where, mpi_ok, environ)
+    if place is None:
+        return None
+    _check_agreement(place, environ)
+    count = _pick("connections_per_ip", connections_per_ip, "RT_CONNECTIONS_PER_IP", environ) or _Given("default", 1)
+    per_pair = _integer(count, 1, None)
+    wait = _seconds(_pick("connect_timeout", connect_timeout, "RT_CONNECT_TIMEOUT", environ))
+    return RingConfig(
+        rank=place.rank,
+        size=place.size,
+        addresses=place.addresses,
+        coordinator=place.coordinator,
+        store=place.store,
+        connections=per_pair if place.addresses is None else len(place.addresses[0]),
+        job=_job(place, environ.get("RT_JOB_ID", place.run_id)),
+        connect_timeout=60.0 if wait is None else wait,
+        timeout=_seconds(_pick("timeout", timeout, "RT_TIMEOUT", environ)),
+        secret=resolve_secret(secret, [host for host, _ in _known(place)], environ),
+        coordinator_fd=place.coordinator_fd,
+        source=place.source,
+    )
+
+
+def choose_backend(backend: str, environ: Environ = os.environ, strict: bool = False) -> str | None:
+    """Return which backend ``init`` should try: the name asked for, or for ``any`` that of ``RT_BACKEND``, else the best available.
+
+    Returns:
+        A concrete backend that is available, or None where a named one is not and ``strict`` is false (then ``init`` makes a singleton,
+        as MLX does). Whether it is *configured* is not looked at here.
+
+    Raises:
+        ValueError: unknown backend.
+        TypeError: ``strict`` is no bool.
+        ConfigError: ``RT_BACKEND`` names an unknown or missing backend, or ``backend`` a missing one and ``strict`` is true.
+    """
+    if not isinstance(strict, bool):
+        hint = f"; did you mean backend={strict!r}?" if isinstance(strict, str) else ""
+        raise TypeError(f"strict must be a bool, not {type(strict).__name__}{hint}")
+    if backend not in BACKENDS:
+        known = f"{', '.join(map(repr, BACKENDS[:-1]))} and {BACKENDS[-1]!r}"
+        raise ValueError(f"[distributed] The only valid values for backend are {known} but {backend!r} was provided.")
+    if backend != "any":
+        return _if_available(backend, strict, f"keyword backend: found {backend!r}")
+    wanted = environ.get("RT_BACKEND", "any")
+    if wanted not in BACKENDS:
+        raise ConfigError(f"RT_BACKEND: found {wanted!r}, expected one of {', '.join(BACKENDS)}")
+    return "ring" if wanted == "any" else _if_available(wanted, True, f"RT_BACKEND: found {wanted!r}")
+
+
+def is_available(backend: str = "any") -> bool:
+    """Say whether a backend can be used here; False for unknown names, as in MLX."""
+    return backend in ("any", "ring")
+
+
+def configure_logging(environ: Environ = os.environ, rank: int | None = None) -> None:
+    """Let logger ``rt`` write to stderr if ``RT_LOG``, ``RT_VERBOSE`` or ``MLX_RING_VERBOSE`` asks for it.
+
+    Call it again once the rank is known: the one handler then shows it.
+
+    Raises:
+        ConfigError: ``RT_LOG`` is neither info nor debug, or ``RT_VERBOSE`` neither 1 nor 0.
+    """
+    level = _log_level(environ)
+    if level is None:
+        return
+    logger = logging.getLogger("rt")
+    handler = next((known for known in logger.handlers if known.get_name() == "rt-stderr"), None)
+    if handler is None:
+        handler = logging.StreamHandler()
+        handler.set_name("rt-stderr")
+        logger.addHandler(handler)
+    handler.setFormatter(logging.Formatter("[rt] %(message)s" if rank is None else f"[rt rank {rank}] %(message)s"))
+    logger.setLevel(level)
+
+
+def _log_level(environ: Environ) -> int | None:
+    log, verbose = environ.get("RT_LOG"), environ.get("RT_VERBOSE")
+    if log not in (None, "info", "debug"):
+        raise ConfigError(f"RT_LOG: found {log!r}, expected info or debug")
+    if verbose not in (None, "0", "1"):
+        raise ConfigError(f"RT_VERBOSE: found {verbose!r}, expected 1 or 0")
+    if log is not None:
+        return logging.DEBUG if log == "debug" else logging.INFO
+    asked = verbose == "1" or (verbose is None and "MLX_RING_VERBOSE" in environ)  # MLX looks at its presence only
+    return logging.INFO if asked else None
+
+
+def _if_available(backend: str, strict: bool, found: str) -> str | None:
+    if is_available(backend):
+        return backend
+    if strict:
+        raise ConfigError(f"{found}, which this version does not have yet, expected 'ring'")
+    return None
+
+
+# --- the sets ------------------------------------------------------------------------------------------------------------------------
+
+
+def _pick(keyword: str, value: object, variable: str, environ: Environ) -> _Given | None:
+    if value is not None:
+        return _Given(f"keyword {keyword}", value)
+    return _Given(variable, environ[variable]) if variable in environ else None
+
+
+def _meeting(coordinator: object, hostfile: object, environ: Environ) -> _Given | None:
+    """Return where to meet: a keyword hides both variables, two of a kind contradict each other."""
+    keywords = [
+        _Given(f"keyword {name}", value) for name, value in (("coordinator", coordinator), ("hostfile", hostfile)) if value is not None
+    ]
+    variables = [_Given(name, environ[name]) for name in ("RT_COORDINATOR", "RT_HOSTFILE") if name in environ]
+    found = keywords or variables
+    if len(found) == 2:
+        raise ConfigError(f"{found[0].name} and {found[1].name}: found both, expected one of them (a coordinator or a ring file)")
+    return found[0] if found else None
+
+
+def _place(rank: _Given | None, size: _Given | None, where: _Given | None, mpi_ok: bool, environ: Environ) -> _Place | None:
+    """Go through the sets in order of precedence; the first that is begun decides."""
+    if where is not None and rank is None and mpi_ok:
+        rank, size = _launcher_rank(size, environ)
+    if rank or size or where:
+        return _from_items(rank, size, where, environ)
+    if "MLX_RANK" in environ or "MLX_HOSTFILE" in environ:
+        return _from_mlx(environ)
+    if "TORCHELASTIC_RUN_ID" in environ or all(name in environ for name in _TORCHRUN):
+        return _from_torchrun(environ)
+    return None
+
+
+def _launcher_rank(size: _Given | None, environ: Environ) -> tuple[_Given | None, _Given | None]:
+    for rank_name, size_name in _RANK_AND_SIZE:
+        if rank_name in environ:
+            return _pick("", None, rank_name, environ), size or _pick("", None, size_name, environ)
+    return None, size
+
+
+def _from_items(rank: _Given | None, size: _Given | None, where: _Given | None, environ: Environ) -> _Place:
+    by_file = where is not None and where.name in ("keyword hostfile", "RT_HOSTFILE")
+    if rank is None or where is None or (size is None and not by_file):
+        raise ConfigError(_incomplete(rank, size, where, by_file))
+    source = _source(rank, None if by_file else size, where)
+    if by_file:
+        addresses = _ring_file(where)
+        if size is not None and _integer(size, 1, None) != len(addresses):
+            raise ConfigError(f"{size.name}: found {size.value!r}, expected {len(addresses)}, the number of ranks in {_file_name(where)}")
+        return _Place(_integer(rank, 0, len(addresses)), rank.name, len(addresses), source, addresses)
+    assert size is not None
+    count = _integer(size, 1, None)
+    number = _integer(rank, 0, count)
+    fd = _coordinator_fd(environ) if number == 0 and where.name == "RT_COORDINATOR" else None
+    return _Place(number, rank.name, count, source, coordinator=_address(where.value, where.name), coordinator_fd=fd)
+
+
+def _incomplete(rank: _Given | None, size: _Given | None, where: _Given | None, by_file: bool) -> str:
+    present = ", ".join(given.name for given in (rank, size, where) if given is not None)
+    missing = []
+    if rank is None:
+        missing.append("RT_RANK")
+    if where is None:
+        missing.append("RT_HOSTFILE or RT_COORDINATOR")
+    elif size is None and not by_file:
+        missing.append("RT_WORLD_SIZE")
+    return (
+        f"{present}: found no {', no '.join(missing)} beside it, expected RT_RANK with RT_HOSTFILE, or RT_RANK with RT_WORLD_SIZE and "
+        "RT_COORDINATOR (or the keywords rank, hostfile, world_size, coordinator)"
+    )
+
+
+def _source(*items: _Given | None) -> str:
+    names = [item.name for item in items if item is not None]
+    return "keywords" if all(name.startswith("keyword ") for name in names) else ", ".join(names)
+
+
+def _from_mlx(environ: Environ) -> _Place:
+    for present, missing in (("MLX_RANK", "MLX_HOSTFILE"), ("MLX_HOSTFILE", "MLX_RANK")):
+        if missing not in environ:
+            raise ConfigError(f"{present}: found no {missing} beside it, expected both MLX_RANK and MLX_HOSTFILE for the ring")
+    addresses = _ring_file(_Given("MLX_HOSTFILE", environ["MLX_HOSTFILE"]))
+    rank = _integer(_Given("MLX_RANK", environ["MLX_RANK"]), 0, len(addresses))
+    return _Place(rank, "MLX_RANK", len(addresses), "MLX_RANK, MLX_HOSTFILE", addresses)
+
+
+def _from_torchrun(environ: Environ) -> _Place:
+    missing = [name for name in _TORCHRUN if name not in environ]
+    if missing:
+        raise ConfigError(f"TORCHELASTIC_RUN_ID: found no {', no '.join(missing)} beside it, expected all of {', '.join(_TORCHRUN)}")
+    count = _integer(_Given("WORLD_SIZE", environ["WORLD_SIZE"]), 1, None)
+    rank = _integer(_Given("RANK", environ["RANK"]), 0, count)
+    address = _host(environ["MASTER_ADDR"], "MASTER_ADDR"), _port(environ["MASTER_PORT"], "MASTER_PORT")
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return _Place(rank, "RANK", count, "torchrun", store=address, run_id=environ["TORCHELASTIC_RUN_ID"])
+    # The same variables set by hand: there is no agent, so nobody listens on that port yet and rank 0 may.
+    return _Place(rank, "RANK", count, ", ".join(_TORCHRUN), coordinator=address)
+
+
+def _check_agreement(place: _Place, environ: Environ) -> None:
+    """Compare with every other rank in the environment: a job started by two launchers at once must not guess which one is right.
+
+    MPI's and Slurm's are left out: everything below an allocation inherits them, whoever numbers the ranks.
+    """
+    others = ["RT_RANK", "MLX_RANK"]
+    if "TORCHELASTIC_RUN_ID" in environ or all(name in environ for name in _TORCHRUN):
+        others.append("RANK")
+    for name in others:
+        if name in environ and _integer(_Given(name, environ[name]), 0, None) != place.rank:
+            raise ConfigError(
+                f"{place.rank_from} and {name}: found ranks {place.rank} and {environ[name]}, expected the same (or unset one)"
+            )
+
+
+def _known(place: _Place) -> list[Address]:
+    if place.addresses is not None:
+        return [address for addresses in place.addresses for address in addresses]
+    return [address for address in (place.coordinator, place.store) if address is not None]
+
+
+def _job(place: _Place, job_id: str) -> str:
+    facts = json.dumps([place.size, place.addresses, place.coordinator, place.store, job_id])
+    return hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+
+# --- values --------------------------------------------------------------------------------------------------------------------------
+
+
+def _integer(given: _Given, low: int, limit: int | None) -> int:
+    """Return an integer, low <= integer < limit. Strict about text: no sign, space, underscore or foreign digit."""
+    value = given.value
+    if isinstance(value, str):
+        number = int(value) if re.fullmatch("[0-9]{1,9}", value) else None
+    else:
+        number = value if isinstance(value, int) and not isinstance(value, bool) else None
+    if number is None or number < low or (limit is not None and number >= limit):
+        span = f">= {low}" if limit is None else f"from {low} to {limit - 1} (there are {limit} ranks)"
+        raise ConfigError(f"{given.name}: found {value!r}, expected an integer {span}")
+    return number
+
+
+def _seconds(given: _Given | None) -> float | None:
+    if given is None:
+        return None
+    try:
+        seconds = math.nan if isinstance(given.value, bool) else float(given.value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"{given.name}: found {given.value!r}, expected a number of seconds > 0")
+    return seconds
+
+
+def _coordinator_fd(environ: Environ) -> int | None:
+    name = "RT_COORDINATOR_FD"
+    if name not in environ:
+        return None
+    fd = _integer(_Given(name, environ[name]), 0, None)
+    try:
+        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:
+        is_socket = False
+    if not is_socket:
+        raise ConfigError(f"{name}: found {fd}, which is no open socket, expected the listening socket that the launcher handed down")
+    return fd
+
+
+def _address(value: object, where: str) -> Address:
+    """Parse ``host:port`` or ``[v6]:port``."""
+    expected = 'expected "host:port", or "[v6]:port" for IPv6'
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: found {value!r}, {expected}")
+    host, colon, port = value.rpartition(":")
+    if not colon or (":" in host and not (host.startswith("[") and host.endswith("]"))):
+        raise ConfigError(f"{where}: found {value!r}, {expected}")
+    return _host(host, where), _port(port, where)
+
+
+def _port(text: str, where: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise ConfigError(f"{where}: found port {text!r}, expected 1 to 65535")
+    return int(text)
+
+
+def _host(text: str, where: str) -> str:
+    """Return a host in its one spelling, so that it hashes and compares alike on all ranks. Names are not looked up here."""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    try:
+        if ":" in inner or re.fullmatch("[0-9.]+", inner) or inner != text:
+            return str(ipaddress.IPv6Address(inner) if ":" in inner or inner != text else ipaddress.IPv4Address(inner))
+    except ipaddress.AddressValueError:
+        raise ConfigError(f"{where}: found host {text!r}, expected a valid IP address or a host name") from None
+    if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?", text):
+        raise ConfigError(f"{where}: found host {text!r}, expected an IP address or a host name")
+    return text.lower()
+
+
+# --- the ring file -------------------------------------------------------------------------------------------------------------------
+
+
+def _file_name(given: _Given) -> str:
+    return f"{given.name} {os.fspath(given.value)}"
+
+
+def _ring_file(given: _Given) -> tuple[tuple[Address, ...], ...]:
+    """Read a ring file: per rank its addresses, the same number for each, none twice."""
+    where = _file_name(given)
+    content = _load_json(given.value, where)
+    _refuse_launcher_file(content, where)
+    if not isinstance(content, list) or not content:
+        raise ConfigError(f"{where}: found {_brief(content)}, expected {_RING_FILE}")
+    ranks = tuple(_entry(entry, f"{where}: entry [{index}]") for index, entry in enumerate(content))
+    _check_ranks(ranks, where)
+    return ranks
+
+
+def _load_json(path: str | os.PathLike[str], where: str) -> object:
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise ConfigError(f"{where}: found {error.strerror!r}, expected {_RING_FILE}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: found a byte that is no UTF-8 at offset {error.start}, expected {_RING_FILE}") from None
+    if not text.strip():
+        raise ConfigError(f"{where}: found an empty file, expected {_RING_FILE}")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno} column {error.colno}"
+        raise ConfigError(f"{where}: found no JSON at {at} ({error.msg}), expected {_RING_FILE}") from None
+
+
+def _refuse_launcher_file(content: object, where: str) -> None:
+    hosts = isinstance(content, dict) and "hosts" in content
+    if hosts or (isinstance(content, list) and any(isinstance(entry, dict) and "ssh" in entry for entry in content)):
+        raise ConfigError(
+            f"{where}: found a launcher's hostfile (hosts to ssh to), expected {_RING_FILE}; `rt.launch --hostfile` takes this file"
+        )
+
+
+def _entry(entry: object, where: str) -> tuple[Address, ...]:
+    if not isinstance(entry, list) or not entry:
+        raise ConfigError(f'{where}: found {_brief(entry)}, expected a list of "ip:port"')
+    return tuple(_address(address, f"{where}[{index}]") for index, address in enumerate(entry))
+
+
+def _check_ranks(ranks: tuple[tuple[Address, ...], ...], where: str) -> None:
+    seen: dict[Address, str] = {}
+    for rank, addresses in enumerate(ranks):
+        if len(addresses) != len(ranks[0]):
+            raise ConfigError(f"{where}: entry [{rank}]: found {len(addresses)} addresses, expected {len(ranks[0])}, as many as rank 0 has")
+        for index, address in enumerate(addresses):
+            first = seen.setdefault(address, f"[{rank}][{index}]")
+            if first != f"[{rank}][{index}]":
+                raise ConfigError(
+                    f"{where}: entry [{rank}][{index}]: found {address[0]} port {address[1]} again, expected it only at {first}"
+                )
+
+
+def _brief(value: object) -> str:
+    """Describe what JSON held, on one short line."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,216 @@
+"""The core of a group: its ranks, its links, its plans and its one failure. Both front ends show faces of this object.
+
+May live here: what a group knows and how a checked call becomes a work. May not: argument checks (``collectives``), waiting
+(``aio``, ``sync``), how the world comes to be (``world``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rt import _fastpath
+from rt.aio import BUDGET_BYTES, LoopDriver, Work
+from rt.choose import choose
+from rt.dtypes import ITEMSIZE, DType, Op
+from rt.errors import GroupBrokenError, GroupClosedError, RTError
+from rt.schedule import Collective
+
+if TYPE_CHECKING:
+    from rt.world import World
+
+_SIGNATURE = struct.Struct("=IBBBBQiIQQ3Q")
+_PLANS_MOST = 4096
+_PLAIN_DIMS = 3
+
+
+class Call(NamedTuple):
+    """What is asked for, as all ranks must ask alike; plans are kept by it.
+
+    Attributes:
+        kind: the collective.
+        dtype, op: codes.
+        shape: of x as the caller sees it; compared between ranks.
+        count: items as ``choose`` wants them.
+        root: rank in the group; for send and recv the peer.
+        tag: of send and recv.
+        alias: where input and output start in shared memory, None out of place.
+    """
+
+    kind: Collective
+    dtype: DType
+    op: Op
+    shape: tuple[int, ...]
+    count: int
+    root: int = -1
+    tag: int = 0
+    alias: tuple[int, int] | None = None
+
+
+class _Ready(NamedTuple):
+    program: _fastpath.Program
+    signature: bytes
+    channel: int
+    about: str
+
+
+def hash64(*parts: object) -> int:
+    """Return a 64-bit number that all ranks derive alike and that is never 0."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") | 1
+
+
+class CoreGroup:
+    """Some ranks of the world, in an order.
+
+    Attributes:
+        ranks: world rank of each rank of the group.
+        rank: of this process in the group.
+        timeout: seconds a collective may take unless the call says otherwise; None for ever.
+    """
+
+    def __init__(self, world: World | None, ranks: Sequence[int], rank: int, name: str, identity: int, timeout: float | None = None) -> None:
+        self.world = world
+        self.ranks = list(ranks)
+        self.rank = rank
+        self.size = len(self.ranks)
+        self.name = name
+        self.identity = identity
+        self.timeout = timeout
+        self.engine = world.engine if world is not None and self.size > 1 else None
+        self.failure: Callable[[_fastpath.Work], RTError] | None = None
+        self.splits = 0
+        self._plans: dict[Call, _Ready] = {}
+        if self.engine is not None and world is not None:
+            self.full_mesh = all((min(a, b), max(a, b)) in world.direct for a in self.ranks for b in self.ranks if a != b)
+            self._links = [0 if r == world.rank else self.engine.links_to(r) for r in self.ranks]
+
+    # -- submitting
+
+    def submit(self, what: str, call: Call, source: Any, target: Any, work: Work) -> None:
+        """Start ``work``; arguments are checked by now. Raises the group's error if it is broken or closed."""
+        assert self.engine is not None
+        work.what = what
+        ready = self._plans.get(call)
+        if ready is None:
+            ready = self._plan(call)
+        work.about = ready.about
+        if self.failure is not None:
+            raise self.failure(work)
+        status = self.engine.submit(
+            work, ready.program, self.identity, ready.channel, ready.signature, self.ranks, self.size, source, target, BUDGET_BYTES
+        )
+        if self.failure is not None and work.state == _fastpath.FLYING:
+            self.engine.break_group(self.identity, self.failure)  # it broke between the two lines above
+        loop = asyncio._get_running_loop()
+        if loop is not None:
+            self.driver(loop).follow(status)
+
+    def _plan(self, call: Call) -> _Ready:
+        schedule = choose(
+            call.kind,
+            rank=self.rank,
+            size=self.size,
+            count=call.count,
+            dtype=call.dtype,
+            op=call.op,
+            lanes=self.world.lanes if self.world is not None else 1,
+            full_mesh=self.full_mesh,
+            root=max(call.root, 0),
+        )
+        op = Op.SUM if call.op is Op.MEAN else call.op
+        program = _fastpath.Program(schedule, call.dtype, op, self._links, call.alias)
+        nbytes = _count(call.shape) * ITEMSIZE[call.dtype]
+        about = f"{call.dtype.name.lower()}, {nbytes} B"
+        ready = _Ready(program, self._signature(call, nbytes, schedule.name), self._channel(call), about)
+        if len(self._plans) >= _PLANS_MOST:
+            self._plans.clear()
+        self._plans[call] = ready
+        return ready
+
+    def _signature(self, call: Call, nbytes: int, algorithm: str) -> bytes:
+        """What the peers compare. Send and recv have one signature: which of them is which follows from the channel."""
+        p2p = call.kind in (Collective.SEND, Collective.RECV)
+        kind = Collective.SEND if p2p else call.kind
+        shape = call.shape
+        dims = (*shape, 0, 0, 0)[:_PLAIN_DIMS]
+        if len(shape) > _PLAIN_DIMS:
+            dims = (*shape[: _PLAIN_DIMS - 1], hash64(*shape[_PLAIN_DIMS - 1 :]))
+        lanes = self.world.lanes if self.world is not None else 1
+        fingerprint = hash64(algorithm, self.identity, lanes, self.full_mesh)
+        root = -1 if p2p else call.root
+        return _SIGNATURE.pack(0, kind, call.dtype, call.op, len(shape), nbytes, root, self.size, fingerprint, call.tag & (2**64 - 1), *dims)
+
+    def _channel(self, call: Call) -> int:
+        if call.kind is Collective.SEND:
+            return hash64(self.identity, "p2p", self.rank, call.root, call.tag)
+        if call.kind is Collective.RECV:
+            return hash64(self.identity, "p2p", call.root, self.rank, call.tag)
+        return self.identity
+
+    # -- driving
+
+    def driver(self, loop: asyncio.AbstractEventLoop) -> LoopDriver:
+        """Return the driver of this world's engine in ``loop``, attached now if it is new."""
+        assert self.world is not None
+        return self.world.driver(loop)
+
+    def driver_of(self, loop: asyncio.AbstractEventLoop) -> LoopDriver | None:
+        """As ``driver``, but None where none was attached."""
+        return None if self.world is None else self.world.drivers.get(loop)
+
+    # -- failing
+
+    def fail(self, failure: Callable[[_fastpath.Work], RTError]) -> None:
+        """Break the group for good, from any thread. The first failure stays."""
+        if self.failure is None:
+            self.failure = failure
+        if self.engine is not None:
+            self.engine.break_group(self.identity, self.failure)
+
+    def broken(self, kind: type[GroupBrokenError], culprit: int | None, text: str) -> Callable[[_fastpath.Work], GroupBrokenError]:
+        """Return what makes this group's error for a work."""
+
+        def make(work: _fastpath.Work) -> GroupBrokenError:
+            assert isinstance(work, Work)
+            got = f" after {work.received} B" if work.received else ""
+            message = f"rank {self.rank}/{self.size}: {work.describe() if work.what else 'group ' + self.name}: {text}{got}"
+            return kind(message, group=self.name, culprit=culprit, work=work.describe())
+
+        return make
+
+    def closed(self, text: str) -> Callable[[_fastpath.Work], GroupClosedError]:
+        """Return what makes this group's ``GroupClosedError`` for a work."""
+
+        def make(work: _fastpath.Work) -> GroupClosedError:
+            assert isinstance(work, Work)
+            return GroupClosedError(f"rank {self.rank}/{self.size}: {work.describe() if work.what else 'group ' + self.name}: {text}")
+
+        return make
+
+
+def explain_signature(signature: bytes) -> str:
+    """Return in words what a signature says: ``all_reduce #3 sum float32 (2, 2)``."""
+    sequence, kind, dtype, op, ndim, nbytes, root, _, _, tag, *dims = _SIGNATURE.unpack(signature)
+    try:
+        name = Collective(kind).name.lower() if kind != Collective.SEND else "send/recv"
+        parts = [f"{name} #{sequence}", DType(dtype).name.lower()]
+        reduces = kind in (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER)
+        shape = tuple(dims[:ndim]) if ndim <= _PLAIN_DIMS else f"({dims[0]}, {dims[1]}, ... {ndim} dimensions)"
+        parts += [Op(op).name.lower()] if reduces else []
+        parts += [f"shape {shape}", f"{nbytes} B"]
+        parts += [f"root {root}"] if kind == Collective.BROADCAST else []
+        parts += [f"tag {tag}"] if kind == Collective.SEND else []
+    except ValueError:
+        return "a call of another version of rt"
+    return " ".join(parts)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count

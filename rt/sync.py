@@ -1,0 +1,189 @@
+"""Collectives that block: the same names as ``rt``, returning the result.
+
+    import rt.sync as rt
+    group = rt.init()
+    total = rt.all_sum(x)
+
+May live here: the blocking driver (how a thread waits for a work) and the blocking faces of what ``rt`` offers. May not: collectives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from rt import _fastpath, collectives, gradients, world
+from rt.aio import Work
+from rt.api import Api, check_common, core_of
+from rt.api import Group as _Group
+from rt.config import is_available
+from rt.group import CoreGroup
+
+__all__ = [
+    "Group", "abort", "all_gather", "all_max", "all_min", "all_reduce", "all_sum", "average_gradients", "barrier", "broadcast", "close",
+    "init", "is_available", "rank", "recv", "recv_like", "send", "size", "sum_scatter",
+]  # fmt: skip
+
+_local = threading.local()
+
+
+def _wait(work: Work, timeout: float | None) -> Any:
+    """Drive the engine from this thread until the work has ended."""
+    core = work.group
+    if work.state == _fastpath.FLYING:
+        assert core.engine is not None and core.world is not None
+        sleeper = getattr(_local, "sleeper", None)
+        if sleeper is None:
+            sleeper = _local.sleeper = _fastpath.Sleeper()
+        try:
+            if not _fastpath.wait(core.engine, work, sleeper, -1.0 if timeout is None else timeout, core.world.spin):
+                core.world.timed_out(work, timeout or 0.0)
+                _fastpath.wait(core.engine, work, sleeper, -1.0, 0.0)
+        except BaseException:
+            work.give_back()
+            raise
+    return work.outcome()
+
+
+class _Blocking(Api[Any]):
+    def _run(
+        self, group: Any, start: Callable[[CoreGroup], Work], timeout: float | None, stream: Any, key: Any, finish: Callable[[Any], Any] | None = None
+    ) -> Any:
+        if timeout is not None or stream is not None or key is not None:
+            check_common(timeout, stream, key)
+        core = core_of(group) if group is not None else _world_core()
+        _refuse_inside_loop(core)
+        work = start(core)
+        result = _wait(work, timeout if timeout is not None else core.timeout)
+        return result if finish is None else finish(result)
+
+
+def _refuse_inside_loop(core: CoreGroup) -> None:
+    loop = asyncio._get_running_loop()
+    if loop is not None and core.engine is not None and core.engine.in_flight() and core.driver_of(loop) is not None:
+        raise RuntimeError(
+            f"a call of rt.sync would block the event loop that drives {core.engine.in_flight()} collectives in flight; use `await rt...` here"
+        )
+
+
+def _world_core() -> CoreGroup:
+    core = world.current()
+    return core if core is not None else init()._core
+
+
+class Group(_Group[Any]):
+    __doc__ = _Group.__doc__
+
+    def split(self, color: int, key: int = -1) -> Group:
+        """Return the group of the ranks with the same ``color``, ordered by ``key`` (negative: by rank), ties by rank. All ranks must call."""
+        core = self._core
+        return Group(_api._run(self, lambda _: collectives.split(core, color, key), None, None, None, lambda p: collectives.split_group(core, p)))
+
+    def average_gradients(self, gradients: Any, **keywords: Any) -> Any:
+        """As ``rt.sync.average_gradients`` on this group."""
+        return average_gradients(gradients, self, **keywords)
+
+
+_api = _Blocking()
+Group._api = _api
+all_reduce = _api.all_reduce
+all_sum = _api.all_sum
+all_max = _api.all_max
+all_min = _api.all_min
+all_gather = _api.all_gather
+sum_scatter = _api.sum_scatter
+broadcast = _api.broadcast
+barrier = _api.barrier
+send = _api.send
+recv = _api.recv
+recv_like = _api.recv_like
+
+
+def init(
+    strict: bool = False,
+    backend: str = "any",
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    coordinator: str | None = None,
+    hostfile: str | os.PathLike[str] | None = None,
+    connections_per_ip: int | None = None,
+    connect_timeout: float | None = None,
+    timeout: float | None = None,
+    secret: bytes | str | None = None,
+) -> Group:
+    """Form the group of all ranks, or return it if it has formed; block until the others are there.
+
+    Args:
+        strict: an error instead of a group of one if nothing is configured.
+        backend: ``any`` or ``ring``.
+        rank, world_size, coordinator: this process, how many there are, ``host:port`` where rank 0 listens.
+        hostfile: instead of a coordinator: JSON list of lists of ``ip:port``, one list per rank, one connection per address.
+        connections_per_ip: sockets between two ranks (with a coordinator).
+        connect_timeout: seconds until the ranks must have met (60).
+        timeout: seconds a collective may take by default (for ever).
+        secret: what connections prove to know.
+
+    What is not given comes from ``RT_RANK``, ``RT_HOSTFILE`` and so on; see ``docs``. Nothing configured: a group of one.
+
+    Raises:
+        ConfigError: configured wrongly; one line that says what was found where, and what was expected.
+        RendezvousError: not all ranks came in time; names the missing ones and the addresses tried.
+    """
+    future = world.start(
+        backend, strict, rank=rank, world_size=world_size, coordinator=coordinator, hostfile=hostfile,
+        connections_per_ip=connections_per_ip, connect_timeout=connect_timeout, timeout=timeout, secret=secret,
+    )  # fmt: skip
+    try:
+        return Group(future.result())
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def close() -> None:
+    """Leave in order: finish own works, say goodbye to all ranks, hear theirs (at most 5 s), close everything. Idempotent."""
+    found = world.current_world()
+    if found is not None:
+        found.close()
+
+
+def abort() -> None:
+    """End every work of the world now, on all ranks, with ``GroupAbortedError``."""
+    Group(_world_core()).abort()
+
+
+def rank() -> int:
+    """Return this process' rank in the world."""
+    return _world_core().rank
+
+
+def size() -> int:
+    """Return the number of ranks in the world."""
+    return _world_core().size
+
+
+def average_gradients(
+    gradients_tree: Any, group: Any = None, all_reduce_size: int = gradients.BUCKET_BYTES, communication_type: Any = None, communication_stream: Any = None
+) -> Any:
+    """Average a tree of arrays over all ranks; shapes, dtypes and structure stay.
+
+    Args:
+        gradients_tree: any pytree (dicts, lists, tuples, ...) of floating or complex arrays.
+        group: None: the world.
+        all_reduce_size: leaves are joined into buckets of at least this many bytes, one per dtype; 0 or less: one collective per leaf.
+        communication_type: dtype to communicate in; results are cast back.
+        communication_stream: must be None on this backend.
+
+    In a group of one the very same tree is returned.
+    """
+    core = core_of(group) if group is not None else _world_core()
+    check_common(None, communication_stream, None)
+    if core.size == 1:
+        return gradients_tree
+    _refuse_inside_loop(core)
+    plan = gradients.Plan(gradients_tree, all_reduce_size, communication_type)
+    return plan.finish([_wait(work, core.timeout) for work in plan.start(core)])

@@ -1,0 +1,342 @@
+"""The world of a process: how it comes to be, what happens to it, and how it ends.
+
+May live here: starting and caching the world, the events of the engine and the verdicts of the control thread, orderly exit, fork. May
+not: collectives, configuration, waiting of any front end (``init`` here returns a future).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextlib
+import os
+import select
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from rt import _fastpath, config
+from rt.aio import LoopDriver, Work
+from rt.control import Control, Report, Verdict
+from rt.errors import (
+    CollectiveTimeoutError,
+    ConfigError,
+    GroupAbortedError,
+    GroupBrokenError,
+    GroupClosedError,
+    MismatchError,
+    PeerLostError,
+    ProtocolError,
+    RTError,
+)
+from rt.group import CoreGroup, explain_signature, hash64
+
+GOODBYE_SECONDS = 5.0
+SPIN_SECONDS = 50e-6  # about what a wake-up costs; only where every rank of this host has a core to itself
+_CONTROL_SECONDS = 1.0
+
+_ERRORS: dict[str, type[GroupBrokenError]] = {
+    "lost": PeerLostError,
+    "mismatch": MismatchError,
+    "timeout": CollectiveTimeoutError,
+    "aborted": GroupAbortedError,
+    "protocol": ProtocolError,
+}
+
+
+class World:
+    """One engine, one control thread, and the groups on them."""
+
+    def __init__(self, ring: config.RingConfig) -> None:
+        self.rank = ring.rank
+        self.size = ring.size
+        self.lanes = ring.connections
+        self.direct: frozenset[tuple[int, int]] = frozenset()
+        self.engine = _fastpath.Engine()
+        self.drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopDriver] = weakref.WeakKeyDictionary()
+        self.groups: dict[int, CoreGroup] = {}
+        self.addresses: dict[int, str] = {}
+        self.spin = 0.0  # seconds a blocking call polls before it sleeps
+        self.closed = False
+        self.orphan = False  # a forked child: the connections are the parent's
+        self._ring = ring
+        self._verdicts: list[Verdict] = []
+        self._lock = threading.Lock()
+        self._closing = threading.Lock()
+        self.control: Control | None = None
+        self.engine.set_event_handler(self._on_events)
+
+    def start(self) -> concurrent.futures.Future[CoreGroup]:
+        """Begin to meet the other ranks; the future holds the world's group."""
+        future: concurrent.futures.Future[CoreGroup] = concurrent.futures.Future()
+        if self.size == 1:
+            future.set_result(self.new_group(range(1), 0, "world", hash64("world", self._ring.job)))
+            return future
+        self.control = Control.start(self._ring, on_verdict=self._on_verdict)
+        ready = self.control.ready
+        ready.add_done_callback(lambda wiring: self._wired(wiring, future))
+        future.add_done_callback(lambda f: ready.cancel() if f.cancelled() else None)
+        return future
+
+    def _wired(self, wiring: concurrent.futures.Future[Any], future: concurrent.futures.Future[CoreGroup]) -> None:
+        """In the control thread: hand the sockets to the engine."""
+        try:
+            found = wiring.result()
+            self.direct = found.direct
+            self.spin = SPIN_SECONDS if _cores() >= sum(found.hosts[self.rank].sees(host) for host in found.hosts) else 0.0
+            self.addresses = {peer: _address(socks[0]) for peer, socks in found.data.items()}
+            for peer in range(self.size):
+                for sock in found.data.get(peer, ()):
+                    self.engine.add_socket(peer, sock)
+                if peer != self.rank and peer not in found.data:
+                    self._add_relay(peer)
+            group = self.new_group(range(self.size), self.rank, "world", hash64("world", self._ring.job))
+        except BaseException as error:
+            if not future.cancelled():
+                future.set_exception(error)
+            return
+        if future.set_running_or_notify_cancel():
+            future.set_result(group)
+
+    def _add_relay(self, peer: int) -> None:
+        assert self.control is not None
+        pipe = self.control.relay(peer)
+        index = self.engine.add_link(peer, pipe)
+        pipe.wake = lambda: self.engine.ready(index)
+
+    def new_group(self, ranks: Any, rank: int, name: str, identity: int, timeout: float | None = None) -> CoreGroup:
+        """Register a group; a verdict that came before it counts."""
+        group = CoreGroup(self, ranks, rank, name, identity, self._ring.timeout if timeout is None else timeout)
+        with self._lock:
+            self.groups[identity] = group
+            early = [verdict for verdict in self._verdicts if self._concerns(verdict, group)]
+        for verdict in early:
+            self._break(group, verdict)
+        return group
+
+    # -- loops
+
+    def driver(self, loop: asyncio.AbstractEventLoop) -> LoopDriver:
+        """Return this world's driver in ``loop``, attached now if it is new."""
+        driver = self.drivers.get(loop)
+        if driver is None:
+            driver = self.drivers[loop] = LoopDriver(loop, self.engine)
+        return driver
+
+    # -- failures
+
+    def _on_events(self, events: list[Any]) -> None:
+        """Judge what the engine found, in whatever thread it was found."""
+        for kind, peer, code, group, _, sequence, mine, theirs in events:
+            known = self.groups.get(group)
+            if kind == _fastpath.LOST:
+                reason = f"connection closed ({os.strerror(code)})" if code else "connection closed"
+                self._report(Report.of_rank("lost", peer, f"lost rank {peer} (tcp {self.addresses.get(peer, 'relayed')}): {reason}"))
+            elif kind == _fastpath.PROTOCOL:
+                self._report(Report.of_rank("protocol", peer, f"rank {peer} sent bytes that are no frame of this version (type {code})"))
+            elif kind == _fastpath.CLOSED:
+                if known is not None:
+                    known.fail(known.closed(f"rank {peer} has closed the group and is still needed"))
+            else:
+                self._report(self._mismatch(known, peer, group, sequence, mine, theirs))
+
+    def _mismatch(self, group: CoreGroup | None, peer: int, identity: int, sequence: int, mine: bytes, theirs: bytes) -> Report:
+        """Both sides find the same disagreement, and both must describe it in the same words: lower rank first."""
+        own = explain_signature(mine) if any(mine) else "a call it had finished without this peer"
+        sides = sorted([(self.rank, own), (peer, explain_signature(theirs))])
+        numbers = {rank: group.ranks.index(rank) if group is not None and rank in group.ranks else rank for rank, _ in sides}
+        text = "ranks disagree: " + ", but ".join(f"rank {numbers[rank]} called {said}" for rank, said in sides)
+        return Report("mismatch", identity, sequence, sides[1][0], "", text)
+
+    def _report(self, report: Report) -> None:
+        if self.control is not None and not self.closed:
+            self.control.report(report)
+
+    def timed_out(self, work: Work, seconds: float) -> None:
+        """A time limit expired: blame a rank that is still waited for."""
+        waited = self.engine.waiting_for(work)
+        if work.state != _fastpath.FLYING:
+            return
+        text = f"not done {seconds:g} s after rank {self.rank} called; it waits for rank{'s' if len(waited) > 1 else ''} "
+        text += ", ".join(map(str, waited)) or "none"
+        culprit = waited[0] if waited else -1
+        self._report(Report("timeout", work.group.identity, work.sequence, culprit, work.describe(), text))
+
+    def abort(self, group: CoreGroup) -> None:
+        """End every work of a group now, here and on all its ranks."""
+        text = f"rank {self.rank} called abort()"
+        self._report(Report("aborted", group.identity, 0, self.rank, "", text))
+        group.fail(group.broken(GroupAbortedError, self.rank, text))
+
+    def _on_verdict(self, verdict: Verdict) -> None:
+        with self._lock:
+            self._verdicts.append(verdict)
+            groups = [group for group in self.groups.values() if self._concerns(verdict, group)]
+        for group in groups:
+            self._break(group, verdict)
+
+    @staticmethod
+    def _concerns(verdict: Verdict, group: CoreGroup) -> bool:
+        return verdict.culprit in group.ranks if verdict.group == 0 else verdict.group == group.identity
+
+    @staticmethod
+    def _break(group: CoreGroup, verdict: Verdict) -> None:
+        culprit = verdict.culprit if verdict.culprit >= 0 else None
+        group.fail(group.broken(_ERRORS[verdict.kind], culprit, verdict.text))
+
+    # -- leaving
+
+    @property
+    def broken(self) -> bool:
+        """Whether the group of all ranks has failed."""
+        return any(group.failure is not None for group in self.groups.values() if group.size == self.size)
+
+    def leave(self) -> None:
+        """Leave in order: finish own works, say GOODBYE, hear the peers'. Blocks, at most about 11 s. Idempotent."""
+        with self._closing:
+            if self.closed or self.orphan:
+                return
+            if self.size > 1 and not self.broken:
+                self._drive(lambda: self.engine.in_flight() == 0)
+                self.engine.say_goodbye()
+                self._drive(lambda: not self.engine.goodbyes_missing())
+            for group in list(self.groups.values()):
+                group.fail(group.closed("the group was closed here"))
+            self.closed = True
+            if self.control is not None:
+                self.control.close(_CONTROL_SECONDS)
+
+    def _drive(self, finished: Callable[[], bool]) -> None:
+        poll = select.poll()
+        poll.register(self.engine.fileno(), select.POLLIN)
+        until = time.monotonic() + GOODBYE_SECONDS
+        while True:
+            status = self.engine.progress(1 << 24)
+            if finished():
+                return
+            rest = until - time.monotonic()
+            if rest <= 0:
+                return
+            if status != _fastpath.BUDGET:
+                poll.poll(rest * 1e3)
+
+    def close(self) -> None:
+        """Leave and give every descriptor back."""
+        self.leave()
+        self.release()
+
+    def release(self) -> None:
+        """Give the engine's descriptors back; loops that watched them must know first."""
+        if self.orphan:
+            return
+        current = asyncio._get_running_loop()
+        for loop, driver in list(self.drivers.items()):
+            if loop is current or loop.is_closed():
+                driver.detach()
+            else:
+                with contextlib.suppress(RuntimeError):  # it closed between the two lines
+                    loop.call_soon_threadsafe(driver.detach)
+        self.drivers.clear()
+        self.engine.close()
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's connections; every group raises from here on."""
+        self.orphan = self.closed = True
+        self._lock = threading.Lock()
+        self._closing = threading.Lock()
+        self.engine.abandon_in_child()
+        if self.control is not None:
+            self.control.after_fork_in_child()
+        for group in self.groups.values():
+            group.failure = group.closed("this process was forked from a rank; only the parent may use its groups")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _address(sock: Any) -> str:
+    try:
+        host, port = sock.getpeername()[:2]
+    except OSError:
+        return "unknown"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+# -- the one world of a process ---------------------------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_world: World | None = None
+_future: concurrent.futures.Future[CoreGroup] | None = None
+
+
+def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concurrent.futures.Future[CoreGroup]:
+    """Begin to form the world, or return the one that is there.
+
+    Raises:
+        TypeError, ValueError: bad arguments; see ``config.choose_backend``.
+        ConfigError: configuration begun but wrong; with ``strict`` also none at all.
+    """
+    global _world, _future
+    with _lock:
+        if _future is not None and _world is not None and not _world.closed and not _failed(_future):
+            return _future
+        chosen = config.choose_backend(backend, os.environ, strict)
+        ring = config.resolve_ring(**keywords) if chosen == "ring" else None
+        if ring is None:
+            if strict:
+                raise ConfigError(_not_configured(backend))
+            single: concurrent.futures.Future[CoreGroup] = concurrent.futures.Future()
+            single.set_result(CoreGroup(None, [0], 0, "singleton", hash64("singleton")))
+            return single
+        config.configure_logging(os.environ, ring.rank)
+        _world = World(ring)
+        _future = _world.start()
+        return _future
+
+
+def _failed(future: concurrent.futures.Future[CoreGroup]) -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)
+
+
+def _not_configured(backend: str) -> str:
+    return (
+        f"init(strict=True, backend={backend!r}): nothing configures a group; expected RT_RANK with RT_HOSTFILE, or RT_RANK, RT_WORLD_SIZE "
+        "and RT_COORDINATOR, or the keywords of the same names; `rt.launch -n 4 program` sets them"
+    )
+
+
+def current() -> CoreGroup | None:
+    """Return the world's group if it has formed, also when it has failed or closed since."""
+    if _future is not None and _future.done() and not _failed(_future):
+        return _future.result()
+    return None
+
+
+def current_world() -> World | None:
+    """Return the world that was started last."""
+    return _world
+
+
+def _at_exit() -> None:
+    if _world is not None and not _world.orphan:
+        if _future is not None and not _future.done():
+            _future.cancel()
+        with contextlib.suppress(RTError):
+            _world.close()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    if _world is not None:
+        _world.abandon()
+
+
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_after_fork)
+
+__all__ = ["GroupClosedError", "World", "current", "current_world", "start"]

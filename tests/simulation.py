@@ -1,0 +1,87 @@
+"""Ranks as engines in one thread, joined by memory links: every interleaving is decided by a seed.
+
+May live here: what the engine tests need to build such a world and run it. May not: assertions about results.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from typing import Any
+
+import numpy as np
+
+from rt import _fastpath
+from rt.choose import choose
+from rt.dtypes import DType, Op, code_of
+from rt.schedule import Collective, Schedule
+from transports.memory import MemoryLink, memory_pair
+
+NEVER = 1 << 40
+
+
+class SimWorld:
+    """``size`` engines, every pair joined by ``lanes`` links."""
+
+    def __init__(self, size: int, *, lanes: int = 1, capacity: int = 64, seed: int | None = 0, segment: int = 64, frame: int = 1 << 18) -> None:
+        self.dice = random.Random(seed)
+        dice = None if seed is None else self.dice
+        self.size, self.lanes = size, lanes
+        self.engines = [_fastpath.Engine(pollable=False, segment=segment, frame_most=frame) for _ in range(size)]
+        self.indexes: list[list[int]] = [[] for _ in range(size)]
+        self.links: dict[tuple[int, int, int], MemoryLink] = {}
+        self.events: list[list[Any]] = [[] for _ in range(size)]
+        for rank, engine in enumerate(self.engines):
+            engine.set_event_handler(self.events[rank].extend)
+        for a in range(size):
+            for b in range(a + 1, size):
+                for lane in range(lanes):
+                    ends = memory_pair(capacity, dice)
+                    for rank, peer, end in ((a, b, ends[0]), (b, a, ends[1])):
+                        self.indexes[rank].append(self.engines[rank].add_link(peer, end))
+                        self.links[rank, peer, lane] = end
+
+    def submit(
+        self, rank: int, schedule: Schedule, x: np.ndarray | None, out: np.ndarray | None, *, op: Op = Op.SUM, group: int = 1,
+        channel: int = 1, ranks: list[int] | None = None, alias: tuple[int, int] | None = None, mark: bytes = b"", dtype: Any = None,
+    ) -> _fastpath.Work:
+        ranks = list(range(self.size)) if ranks is None else ranks
+        me = ranks.index(rank)
+        links = [0 if r == rank else self.lanes for r in ranks]
+        code = code_of(dtype if dtype is not None else (x if x is not None else out).dtype)  # type: ignore[union-attr]
+        program = _fastpath.Program(schedule, code, Op.SUM if op is Op.MEAN else op, links, alias)
+        work = _fastpath.Work()
+        signature = struct.pack("<I60s", 0, mark)
+        assert me >= 0
+        self.engines[rank].submit(work, program, group, channel, signature, ranks, len(ranks), x, out, 1 << 20)
+        return work
+
+    def collective(self, rank: int, kind: Collective, x: np.ndarray | None, out: np.ndarray | None, *, op: Op = Op.SUM, root: int = 0,
+                   ranks: list[int] | None = None, full_mesh: bool = True, count: int | None = None, **more: Any) -> _fastpath.Work:
+        ranks = list(range(self.size)) if ranks is None else ranks
+        array = x if x is not None else out
+        dtype = DType.UINT8 if array is None else code_of(array.dtype)
+        if count is None:
+            count = 0 if array is None else (out.size if kind is Collective.REDUCE_SCATTER and out is not None else array.size)
+        schedule = choose(kind, rank=ranks.index(rank), size=len(ranks), count=count, dtype=dtype, op=op, lanes=self.lanes,
+                          full_mesh=full_mesh, root=root)
+        return self.submit(rank, schedule, x, out, op=op, ranks=ranks, dtype=np.uint8 if array is None else None, **more)
+
+    def run(self, works: list[_fastpath.Work], *, rounds: int = 2_000_000, budget: int = NEVER) -> None:
+        """Let engines progress in random order until all works ended; fail if nobody can move any more."""
+        still = 0
+        before: Any = None
+        for _ in range(rounds):
+            if all(work.state != 0 for work in works):
+                return
+            for engine in self.dice.sample(self.engines, self.size):
+                for index in self.indexes[self.engines.index(engine)]:
+                    engine.ready(index)
+                engine.progress(budget)
+            now = [engine.statistics() for engine in self.engines]
+            still = still + 1 if now == before else 0
+            before = now
+            if still > 200:
+                stuck = [(rank, engine.in_flight()) for rank, engine in enumerate(self.engines)]
+                raise AssertionError(f"deadlock: works in flight per rank {stuck}")
+        raise AssertionError("too many rounds")
