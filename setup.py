@@ -21,13 +21,13 @@ DEBUG = os.environ.get("RT_DEBUG") == "1"
 COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unused-function"]
 
 # The included files are named so that setuptools rebuilds when they change.
-PARTS = ["rt/_kernels.h", "rt/_poll.h", "rt/_links.pxi", "rt/_program.pxi", "rt/_wire.pxi", "rt/_engine.pxi", "rt/_work.pxi"]
+PARTS = ["_kernels.h", "_poll.h", *(f"_{part}.pxi" for part in ("program", "links", "receive", "send", "works", "engine", "work"))]
 
 extension = Extension(
     "rt._fastpath",
     ["rt/_fastpath.pyx"],
     include_dirs=[numpy.get_include(), str(HERE / "rt")],
-    depends=[str(HERE / part) for part in PARTS],
+    depends=[str(HERE / "rt" / part) for part in PARTS],
     extra_compile_args=[*COMPILE_ARGS, "-UNDEBUG"] if DEBUG else COMPILE_ARGS,
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), ("RT_DEBUG", "1" if DEBUG else "0")],
 )

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from rt import collectives, gradients, world
+from rt import collectives, world
 from rt.aio import Work
 from rt.api import Api, check_common, core_of
 from rt.api import Group as _Group
 from rt.config import is_available
-from rt.deferred import Deferred, ready_core
+from rt.deferred import Deferred, ready_core, start_waiting, wait_until
 from rt.errors import (
     CollectiveTimeoutError,
     ConfigError,
@@ -35,7 +36,16 @@ from rt.errors import (
     RendezvousError,
     RTError,
 )
+from rt.gradients import BUCKET_BYTES, Plan
 from rt.group import CoreGroup
+
+if os.path.exists(os.path.join(os.path.dirname(__file__), "rest1.py")):  # a file of theirs; asking importlib.metadata costs 20 ms
+    warnings.warn(
+        "PyPI's `rt` (a client of Request Tracker) is installed into the same folder as rt-collectives, and each overwrites files of the "
+        "other; `pip uninstall rt rt-collectives`, then install rt-collectives again",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 __all__ = [
     "CollectiveTimeoutError", "ConfigError", "Group", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError",
@@ -46,9 +56,7 @@ __all__ = [
 
 
 class _Awaitable(Api[Awaitable[Any]]):
-    def _run(
-        self, group: Any, start: Callable[[CoreGroup], Work], timeout: float | None, stream: Any, key: Any, finish: Callable[[Any], Any] | None = None
-    ) -> Awaitable[Any]:
+    def _run(self, group: Any, start: Callable[[CoreGroup], Work], timeout: float | None, stream: Any, key: Any) -> Awaitable[Any]:
         if timeout is not None or stream is not None or key is not None:
             check_common(timeout, stream, key)
         core = core_of(group) if group is not None else ready_core()
@@ -59,22 +67,37 @@ class _Awaitable(Api[Awaitable[Any]]):
 
 def _start(core: CoreGroup, start: Callable[[CoreGroup], Work], timeout: float | None) -> Work:
     work = start(core)
-    seconds = timeout if timeout is not None else core.timeout
+    _limit(work, timeout if timeout is not None else core.timeout)
+    return work
+
+
+def _limit(work: Work, seconds: float | None) -> None:
     if seconds is not None and not work.done():
         work.limit(seconds)
-    return work
 
 
 class Group(_Group[Awaitable[Any]]):
     __doc__ = _Group.__doc__
 
-    async def split(self, color: int, key: int = -1) -> Group:
-        """Return the group of the ranks with the same ``color``, ordered by ``key`` (negative: by rank), ties by rank. All ranks must call."""
-        return Group(collectives.split_group(self._core, await collectives.split(self._core, color, key)))
+    def split(self, color: int, key: int = -1) -> Awaitable[Group]:
+        """Return the group of the ranks with the same ``color``, in the order of ``key`` (negative: the rank), ties by rank.
 
-    def average_gradients(self, gradients: Any, **keywords: Any) -> Awaitable[Any]:
+        All ranks of this group must call.
+        """
+        core = self._core
+        work, number = collectives.split(core, color, key)
+        _limit(work, core.timeout)
+
+        async def form() -> Group:
+            return Group(collectives.split_group(core, await work, number))
+
+        return form()
+
+    def average_gradients(
+        self, gradients: Any, all_reduce_size: int = BUCKET_BYTES, communication_type: Any = None, communication_stream: Any = None
+    ) -> Awaitable[Any]:
         """As ``rt.average_gradients`` on this group."""
-        return average_gradients(gradients, self, **keywords)
+        return average_gradients(gradients, self, all_reduce_size, communication_type, communication_stream)
 
 
 _api = _Awaitable()
@@ -102,7 +125,7 @@ async def init(
     hostfile: str | os.PathLike[str] | None = None,
     connections_per_ip: int | None = None,
     connect_timeout: float | None = None,
-    timeout: float | None = None,
+    timeout: float | None = None,  # noqa: ASYNC109  # of collectives, not of this call
     secret: bytes | str | None = None,
 ) -> Group:
     """Form the group of all ranks, or return it if it has formed. See ``rt.sync.init`` for arguments and errors."""
@@ -110,7 +133,9 @@ async def init(
         backend, strict, rank=rank, world_size=world_size, coordinator=coordinator, hostfile=hostfile,
         connections_per_ip=connections_per_ip, connect_timeout=connect_timeout, timeout=timeout, secret=secret,
     )  # fmt: skip
-    return Group(future.result() if future.done() else await asyncio.wrap_future(future))
+    core = future.result() if future.done() else await wait_until(future)
+    start_waiting()
+    return Group(core)
 
 
 async def close() -> None:
@@ -146,19 +171,15 @@ def _formed() -> CoreGroup:
 
 
 def average_gradients(
-    gradients_tree: Any, group: Any = None, all_reduce_size: int = gradients.BUCKET_BYTES, communication_type: Any = None, communication_stream: Any = None
+    gradients: Any, group: Any = None, all_reduce_size: int = BUCKET_BYTES, communication_type: Any = None, communication_stream: Any = None
 ) -> Awaitable[Any]:
-    """Average a tree of arrays over all ranks; see ``rt.sync.average_gradients``. Collectives are submitted by the call, not by the await."""
+    """Average a tree of arrays over all ranks; see ``rt.sync.average_gradients``. The call submits the collectives, not the await."""
     check_common(None, communication_stream, None)
-    core = core_of(group) if group is not None else _formed()
-    if core.size == 1:
-        works: list[Work] = []
-        finish: Callable[[list[Any]], Any] = lambda _: gradients_tree  # noqa: E731
-    else:
-        plan = gradients.Plan(gradients_tree, all_reduce_size, communication_type)
-        works, finish = plan.start(core), plan.finish
+    core = core_of(group) if group is not None else ready_core()
+    plan = None if core is not None and core.size == 1 else Plan(gradients, all_reduce_size, communication_type)
+    works = [] if plan is None else [_api._run(group, start, None, None, None) for start in plan.starts()]
 
     async def collect() -> Any:
-        return finish([await work for work in works])
+        return gradients if plan is None else plan.finish([await work for work in works])
 
     return collect()

@@ -4,8 +4,10 @@
 # small for a part of their own. The parts:
 #   _program.pxi   a schedule, checked and compiled into flat arrays with its hazards
 #   _links.pxi     a link: one ordered byte stream to one peer that never blocks
-#   _wire.pxi      frames: what is read from a link and what is written to it
-#   _engine.pxi    channels, works and the rules by which progress is made
+#   _receive.pxi   incoming frames: where they land
+#   _send.pxi      outgoing frames: which goes next
+#   _works.pxi     channels, works and the rules by which progress is made
+#   _engine.pxi    the Engine: what Python sees of all this
 #   _work.pxi      the Python face of a work: what can be awaited
 # The hot path is structs and nogil functions, not extension types: Cython cannot follow references to objects without the GIL.
 # Directives stand in setup.py.
@@ -14,7 +16,7 @@ from cpython.ref cimport PyObject, Py_INCREF, Py_DECREF
 from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
-from cpython.exc cimport PyErr_CheckSignals
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetInterrupt, PyErr_WriteUnraisable
 from libc.errno cimport EAGAIN, EINTR, EPIPE, ECONNRESET, errno
 from libc.stdint cimport int16_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -70,10 +72,26 @@ cdef extern from "<sys/socket.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
 
+cdef extern from *:
+    """
+    #if RT_DEBUG
+    #include <assert.h>
+    #define rt_check(condition) assert(condition)
+    #else
+    #define rt_check(condition) ((void)0)
+    #endif
+    """
+    void rt_check(bint condition) noexcept nogil     # what must hold whatever peers send; compiled in by RT_DEBUG=1
+
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
         pass
-    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes)
+    ctypedef struct pthread_mutexattr_t:
+        pass
+    int PTHREAD_MUTEX_ERRORCHECK
+    int pthread_mutexattr_init(pthread_mutexattr_t *attributes)
+    int pthread_mutexattr_settype(pthread_mutexattr_t *attributes, int type)
+    int pthread_mutex_init(pthread_mutex_t *mutex, const pthread_mutexattr_t *attributes)
     int pthread_mutex_lock(pthread_mutex_t *mutex)
     int pthread_mutex_trylock(pthread_mutex_t *mutex)
     int pthread_mutex_unlock(pthread_mutex_t *mutex)
@@ -94,7 +112,7 @@ cdef enum:
     SIGNATURE_BYTES = 64
     FRAME_MOST = 262144      # payload of one frame: fits the second-level cache together with what it is reduced into
     STAGE_BYTES = 4096       # read ahead of the current payload: small frames cost one system call, large ones a copy of 1.6 %
-    EAGER_MOST = 65536       # bytes per channel and link that may be sent before the peer's OPEN
+    EAGER_MOST = 65536 + 96  # bytes per channel and link that may be sent before the peer's OPEN: 64 KiB, its header and an OPEN
     FRAMES_QUEUED = 16
     STEPS_MOST = 1 << 20
 
@@ -169,6 +187,7 @@ cdef struct Plan:
     int *local_steps
     Py_ssize_t *temp_bytes   # [buffer_count], 0 for INPUT and OUTPUT
     Py_ssize_t temp_total
+    Py_ssize_t touched[2]    # bytes of INPUT and OUTPUT from their start that steps touch
 
 # -- a work in flight --------------------------------------------------------------------------------------------------------------
 
@@ -190,6 +209,8 @@ cdef struct StreamState:
     int position             # index among the stream's steps
     Py_ssize_t queued        # items of the current step handed to frames (sending)
     Py_ssize_t landed        # bytes of the current step landed (receiving)
+    int claim_position       # where the next frame belongs: behind all that were accepted, landed or not (receiving)
+    Py_ssize_t claimed
     Stash *stash
     StreamState *next        # in the link's list of sending streams
     StreamState *prev
@@ -329,7 +350,6 @@ cdef struct Event:
     unsigned char theirs[SIGNATURE_BYTES]
 
 cdef enum:
-    EVENTS_MOST = 32
     BUCKETS = 1024
 
 cdef struct Core:
@@ -351,8 +371,9 @@ cdef struct Core:
     WorkState *finished_last
     Channel *buckets[BUCKETS]
     int channel_count
-    Event events[EVENTS_MOST]
+    Event *events            # at most one per link and one per channel
     int event_count
+    int event_room
     Py_ssize_t segment       # bytes per piece of local work; small in tests
     uint32_t frame_most
     uint32_t scratch_room
@@ -369,6 +390,8 @@ LOST, CLOSED, MISMATCH, PROTOCOL = EVENT_LOST, EVENT_CLOSED, EVENT_MISMATCH, EVE
 
 include "_program.pxi"
 include "_links.pxi"
-include "_wire.pxi"
+include "_receive.pxi"
+include "_send.pxi"
+include "_works.pxi"
 include "_engine.pxi"
 include "_work.pxi"

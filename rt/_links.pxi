@@ -43,15 +43,14 @@ cdef ssize_t python_send(Link *link, iovec *parts, int count) noexcept with gil:
         for i in range(count):
             if not parts[i].iov_len:
                 continue
-            n = (<object>link.owner).send(PyMemoryView_FromMemory(<char *>parts[i].iov_base, parts[i].iov_len, PyBUF_READ))
+            n = python_part((<object>link.owner).send, &parts[i], PyBUF_READ)
+            if n < 0:
+                raise ValueError("send returned a negative number")
             total += n
             if n < <ssize_t>parts[i].iov_len:
                 break
-    except OSError as error:
-        return -(error.errno or EPIPE)
-    except Exception as error:
-        report_owner(<object>link.owner, error)
-        return -EPIPE
+    except BaseException as error:
+        return total if total and isinstance(error, OSError) else owner_failed(link, error, EPIPE)
     return total if total else -EAGAIN
 
 
@@ -63,36 +62,57 @@ cdef ssize_t python_recv(Link *link, iovec *parts, int count) noexcept with gil:
         for i in range(count):
             if not parts[i].iov_len:
                 continue
-            n = (<object>link.owner).recv_into(PyMemoryView_FromMemory(<char *>parts[i].iov_base, parts[i].iov_len, PyBUF_WRITE))
+            n = python_part((<object>link.owner).recv_into, &parts[i], PyBUF_WRITE)
             if n < 0:
                 return total
             total += n
             if n < <ssize_t>parts[i].iov_len:
                 break
-    except OSError as error:
-        return -(error.errno or ECONNRESET)
-    except Exception as error:
-        report_owner(<object>link.owner, error)
-        return -ECONNRESET
+    except BaseException as error:
+        return total if total and isinstance(error, OSError) else owner_failed(link, error, ECONNRESET)
     return total if total else -EAGAIN
 
 
-cdef report_owner(owner, error):
-    """A fault in a Python link ends that link; what it was must not vanish."""
+cdef ssize_t python_part(transfer, iovec *part, int access) except? -1:
+    """Let a Python link move one part; the view dies with the call, as the memory may."""
+    view = PyMemoryView_FromMemory(<char *>part.iov_base, part.iov_len, access)
+    cdef ssize_t n = transfer(view)
+    view.release()
+    if n > <ssize_t>part.iov_len:
+        raise ValueError(f"moved {n} bytes of {part.iov_len}")
+    return n
+
+
+cdef ssize_t owner_failed(Link *link, error, int otherwise):
+    """Return the negative errno for what a Python link raised. A fault ends that link; what it was must not vanish."""
     import logging
 
-    logging.getLogger("rt").error("%r failed, its link is closed", owner, exc_info=error)
+    if isinstance(error, OSError):
+        return -(error.errno or otherwise)
+    if isinstance(error, Exception):
+        logging.getLogger("rt").error("%r failed, its link is closed", <object>link.owner, exc_info=error)
+    else:
+        # Ctrl-C amid a transfer: nobody knows how much was moved. Raised again where it can be seen.
+        PyErr_SetInterrupt()
+    return -otherwise
 
 
 cdef Link *link_new(Core *core, int peer) except NULL:
-    cdef Link *link = <Link *>calloc(1, sizeof(Link))
-    if link == NULL:
-        raise MemoryError
-    link.scratch = <char *>malloc(core.scratch_room)
+    cdef Link *link
+    cdef Link **grown
+    if core.channel_count:
+        raise RuntimeError("links are added before anything is sent: channels have a place for each")
     if core.link_count == core.link_room:
+        grown = <Link **>realloc(core.links, (2 * core.link_room + 8) * sizeof(Link *))
+        if grown == NULL:
+            raise MemoryError
+        core.links = grown
         core.link_room = 2 * core.link_room + 8
-        core.links = <Link **>realloc(core.links, core.link_room * sizeof(Link *))
-    if link.scratch == NULL or core.links == NULL:
+    link = <Link *>calloc(1, sizeof(Link))
+    if link != NULL:
+        link.scratch = <char *>malloc(core.scratch_room)
+    if link == NULL or link.scratch == NULL:
+        free(link)
         raise MemoryError
     link.fd = -1
     link.peer = peer

@@ -73,6 +73,8 @@ cdef class Program:
             if step.kind in (SEND, RECV, RECV_REDUCE):
                 if not 0 <= step.peer < len(links) or links[step.peer] < 1:
                     kernel_error(f"step {index} needs a link to rank {step.peer}, and there is none")
+                if not 0 <= step.lane <= LANES_MOST:
+                    kernel_error(f"step {index} is on lane {step.lane}")
                 by_stream.setdefault((step.peer, step.lane, step.kind == SEND), []).append(index)
             else:
                 local.append(index)
@@ -140,6 +142,19 @@ cdef class Program:
                 c.kernel = <void *>rt_convert_kernel(FLOAT32_CODE if dst_wide else dtype, FLOAT32_CODE if src_wide else dtype)
                 if c.kernel == NULL:
                     kernel_error(f"CONVERT is not defined on dtype {dtype}")
+            self._touch(step.src, c.src_off, step.count * c.src_size)
+            self._touch(step.src2, c.src2_off, step.count * c.src2_size)
+            self._touch(step.dst, c.dst_off, step.count * c.dst_size)
+        return 0
+
+    cdef int _touch(self, int buffer, Py_ssize_t start, Py_ssize_t nbytes) except -1:
+        """Check what a step touches against its buffer; those of the caller are checked when it submits."""
+        if start < 0 or nbytes < 0 or buffer >= self.plan.buffer_count:
+            kernel_error(f"a step touches bytes {start} to {start + nbytes} of buffer {buffer}")
+        if buffer >= 2 and start + nbytes > self.plan.temp_bytes[buffer]:
+            kernel_error(f"a step touches byte {start + nbytes} of scratch buffer {buffer}")
+        if 0 <= buffer < 2 and start + nbytes > self.plan.touched[buffer]:
+            self.plan.touched[buffer] = start + nbytes
         return 0
 
     cdef int _hazards(self, list steps, alias) except -1:
@@ -148,13 +163,20 @@ cdef class Program:
         cdef int n_steps = plan.step_count
         cdef Region *reads = <Region *>malloc((2 * n_steps + 1) * sizeof(Region))
         cdef Region *writes = <Region *>malloc((n_steps + 1) * sizeof(Region))
+        cdef Py_ssize_t offsets[2]
+        cdef Dep *grown
         cdef Region *mine
         cdef Region *theirs
         plan.deps = <Dep *>malloc(room * sizeof(Dep))
+        if reads == NULL or writes == NULL or plan.deps == NULL:
+            free(reads)
+            free(writes)
+            raise MemoryError
+        offsets[0], offsets[1] = alias if alias is not None else (-1, -1)
         for index, step in enumerate(steps):
-            place(&reads[2 * index], step.src, step.src_off, step.count, alias)
-            place(&reads[2 * index + 1], step.src2, step.src2_off, step.count, alias)
-            place(&writes[index], step.dst, step.dst_off, step.count, alias)
+            place(&reads[2 * index], step.src, step.src_off, step.count, offsets)
+            place(&reads[2 * index + 1], step.src2, step.src2_off, step.count, offsets)
+            place(&writes[index], step.dst, step.dst_off, step.count, offsets)
         for i in range(n_steps):
             plan.steps[i].dep_first = <int>count
             for j in range(i):
@@ -175,8 +197,13 @@ cdef class Program:
                             plan.deps[count - 1].delta = delta
                         continue
                     if count == room:
+                        grown = <Dep *>realloc(plan.deps, 2 * room * sizeof(Dep))
+                        if grown == NULL:
+                            free(reads)
+                            free(writes)
+                            raise MemoryError
+                        plan.deps = grown
                         room *= 2
-                        plan.deps = <Dep *>realloc(plan.deps, room * sizeof(Dep))
                     plan.deps[count].step = <int>j
                     plan.deps[count].delta = delta
                     count += 1
@@ -203,6 +230,7 @@ cdef class Program:
 
 cdef enum:
     FLOAT32_CODE = 11
+    LANES_MOST = 255         # a lane is one byte of the header
 
 
 cdef is_noop(step, alias):
@@ -212,9 +240,10 @@ cdef is_noop(step, alias):
     return step.count == 0 or alias[step.src] + step.src_off == alias[step.dst] + step.dst_off
 
 
-cdef void place(Region *region, int buffer, Py_ssize_t start, Py_ssize_t count, alias):
-    if alias is not None and 0 <= buffer <= 1:
-        start += <Py_ssize_t>alias[buffer]
+cdef void place(Region *region, int buffer, Py_ssize_t start, Py_ssize_t count, const Py_ssize_t *offsets) noexcept:
+    """Name the items a step touches; INPUT and OUTPUT are one buffer where they share memory (offsets are not negative)."""
+    if offsets[0] >= 0 and 0 <= buffer <= 1:
+        start += offsets[buffer]
         buffer = 0
     region.buffer = buffer
     region.start = start

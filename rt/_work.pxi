@@ -25,9 +25,7 @@ cdef class Work:
     cdef list waiters
     cdef object __weakref__
 
-    cdef attach(self, WorkState *work, Program program, source, target):
-        if self.work != NULL:
-            raise RuntimeError("a work is submitted once")
+    cdef void attach(self, WorkState *work, Program program, source, target):
         self.work = work
         self.program = program
         self.source = source
@@ -35,16 +33,15 @@ cdef class Work:
         work.handle = <PyObject *>self
         Py_INCREF(self)
 
-    cdef detach(self, int state):
-        self.work = NULL
-        self.state = state
-        self.source = self.target = None
-
     cdef tell(self):
-        waiters = self.waiters
-        self.waiters = None
-        for waiter in waiters:
-            waiter()
+        """Let go of the memory and tell the waiters, without the lock: both may run any Python code. Returns an interrupt, or None."""
+        cdef list waiters = self.waiters
+        self.source = self.target = self.waiters = None
+        interrupt = None
+        if waiters is not None:
+            for waiter in waiters:
+                interrupt = call_waiter(waiter) or interrupt
+        return interrupt
 
     def add_waiter(self, waiter):
         """Have ``waiter()`` called, by whatever thread makes the progress, when the work ends; False if it has ended."""
@@ -63,15 +60,19 @@ cdef class Work:
         """End a work that was never submitted."""
         self.error = error
         self.state = STATE_FAILED
-        if self.waiters is not None:
-            self.tell()
+        self._told()
 
     def finish(self, result):
         """End a work that had nothing to wait for."""
         self.result = result
         self.state = STATE_DONE
-        if self.waiters is not None:
-            self.tell()
+        self._told()
+
+    cdef int _told(self) except -1:
+        interrupt = self.tell()
+        if interrupt is not None:
+            raise interrupt
+        return 0
 
     def outcome(self):
         """Return the result or raise the error; only once the work has ended."""
@@ -80,6 +81,17 @@ cdef class Work:
         if self.state == STATE_FAILED:
             raise self.error(self)
         raise RuntimeError("the work is still in flight")
+
+
+cdef call_waiter(waiter):
+    """Call ``waiter()``; what it raises must not keep others from being told."""
+    try:
+        waiter()
+    except Exception:
+        PyErr_WriteUnraisable(waiter)
+    except BaseException as interrupt:
+        return interrupt
+    return None
 
 
 cdef void rebase(WorkState *work, const char *start, Py_ssize_t nbytes, Py_ssize_t shift) noexcept nogil:
@@ -149,6 +161,20 @@ cdef class Sleeper:
 
     def __call__(self):
         rt_wake_signal(self.fds[1])
+
+
+def turn(Engine engine not None, Py_ssize_t budget, double spin):
+    """As ``Engine.progress``, but where one lone work is blocked poll on for ``spin`` seconds: for event loops.
+
+    A sleep and a wake-up cost more than that, and where several works are in flight there is other work to do.
+    """
+    cdef int status = engine.progress(budget)
+    cdef double until
+    if spin > 0 and status == PROGRESS_BLOCKED and engine.core.active_count == 1:
+        until = rt_now() + spin
+        while status == PROGRESS_BLOCKED and rt_now() < until:
+            status = engine.progress(budget)
+    return status
 
 
 def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None, double seconds, double spin):

@@ -27,7 +27,8 @@ _SLICE_BYTES = 1 << 20
 class LoopDriver:
     """Moves one engine from one event loop: a reader on the engine's descriptor, and ``call_soon`` while there is more to do."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, engine: _fastpath.Engine) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, engine: _fastpath.Engine, spin_seconds: float) -> None:
+        self._spin_seconds = spin_seconds
         self.loop = loop
         self.thread = threading.get_ident()
         self.turned = time.monotonic()
@@ -38,7 +39,11 @@ class LoopDriver:
 
     def _turn(self) -> None:
         self._scheduled = False
-        self.follow(self._engine.progress(BUDGET_BYTES))
+        self.spin()
+
+    def spin(self) -> None:
+        """Make progress, and poll for a moment where that pays (see ``_fastpath.turn``)."""
+        self.follow(_fastpath.turn(self._engine, BUDGET_BYTES, self._spin_seconds))
 
     def follow(self, status: int) -> None:
         """Do what the engine's last answer asks for."""
@@ -88,6 +93,8 @@ class Work(_fastpath.Work):
 
     def __await__(self) -> Generator[Any, None, Any]:
         loop = asyncio.get_running_loop()
+        if self.state == _fastpath.FLYING:
+            self.group.driver(loop).spin()
         if self.state == _fastpath.FLYING:
             future: asyncio.Future[None] = loop.create_future()
             driver = self.group.driver(loop)
@@ -142,7 +149,8 @@ class Work(_fastpath.Work):
         source, target = self.source, self.target
         if engine is None or self.state != _fastpath.FLYING:
             return
-        if self.borrows_source and not (self.borrows_target and np.may_share_memory(source, target)):
+        shared = self.borrows_source and self.borrows_target and np.may_share_memory(source, target)
+        if self.borrows_source and not shared:
             private = np.empty(source.nbytes, np.uint8)
             old = source.reshape(-1).view(np.uint8)
             for start in range(0, source.nbytes, _SLICE_BYTES):
@@ -151,5 +159,7 @@ class Work(_fastpath.Work):
                 private[start : start + _SLICE_BYTES] = old[start : start + _SLICE_BYTES]
             _fastpath.move_memory(engine, self, source, private, False)
         if self.borrows_target:
-            # The engine writes there, so it must stand still while the bytes are copied: no slices.
-            _fastpath.move_memory(engine, self, target, np.empty(target.nbytes, np.uint8), True)
+            # The engine writes there, so it must stand still while the bytes are copied: no slices. In place, one of the two is a part
+            # of the other and they move together.
+            whole = source if shared and source.nbytes > target.nbytes else target
+            _fastpath.move_memory(engine, self, whole, np.empty(whole.nbytes, np.uint8), True)

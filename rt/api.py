@@ -10,7 +10,7 @@ A front end is an ``Api`` that says how a started work is handed out (``_run``: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from rt import collectives
 from rt.aio import Work
@@ -38,12 +38,13 @@ class Api(Generic[R]):
     Calls are matched between ranks in the order in which each rank makes them: call order is wire order.
     """
 
-    def _run(self, group: Any, start: Start, timeout: float | None, stream: Any, key: Any, finish: Callable[[Any], Any] | None = None) -> R:
+    def _run(self, group: Any, start: Start, timeout: float | None, stream: Any, key: Any) -> R:
         raise NotImplementedError
 
     def all_reduce(
-        self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
-    ) -> R:
+        self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
         """Combine x of all ranks elementwise; every rank gets the result, bit-identical, of x's shape and dtype.
 
         Args:
@@ -54,25 +55,37 @@ class Api(Generic[R]):
         """
         return self._run(group, lambda core: collectives.all_reduce(core, x, op, out), timeout, stream, key)
 
-    def all_sum(self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+    def all_sum(
+        self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
         """Sum x over all ranks: ``all_reduce(x, "sum")``."""
         return self._run(group, lambda core: collectives.all_reduce(core, x, "sum", out, "all_sum"), timeout, stream, key)
 
-    def all_max(self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+    def all_max(
+        self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
         """Elementwise maximum of x over all ranks: ``all_reduce(x, "max")``."""
         return self._run(group, lambda core: collectives.all_reduce(core, x, "max", out, "all_max"), timeout, stream, key)
 
-    def all_min(self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+    def all_min(
+        self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
         """Elementwise minimum of x over all ranks: ``all_reduce(x, "min")``."""
         return self._run(group, lambda core: collectives.all_reduce(core, x, "min", out, "all_min"), timeout, stream, key)
 
-    def all_gather(self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
-        """Concatenate x of all ranks along axis 0, in rank order: ``(d0, ...)`` becomes ``(size * d0, ...)``, ``()`` becomes ``(size,)``."""
+    def all_gather(
+        self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """Concatenate x of all ranks along axis 0, in rank order.
+
+        ``(d0, ...)`` becomes ``(size * d0, ...)``, ``()`` becomes ``(size,)``.
+        """
         return self._run(group, lambda core: collectives.all_gather(core, x, out), timeout, stream, key)
 
     def sum_scatter(
-        self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
-    ) -> R:
+        self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
         """Reduce-scatter along axis 0: of the reduction of x, ``(d0, ...)``, rank r gets block r, ``(d0 / size, ...)``.
 
         Raises:
@@ -81,8 +94,9 @@ class Api(Generic[R]):
         return self._run(group, lambda core: collectives.sum_scatter(core, x, op, out), timeout, stream, key)
 
     def broadcast(
-        self, x: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
-    ) -> R:
+        self, x: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
         """Return the root's x on every rank. The others pass an array of the same shape and dtype; only its form counts."""
         return self._run(group, lambda core: collectives.broadcast(core, x, root, out), timeout, stream, key)
 
@@ -93,7 +107,7 @@ class Api(Generic[R]):
     def send(
         self, x: Any, dst: int, *, group: Any = None, stream: Any = None, timeout: float | None = None, key: Any = None, tag: int = 0
     ) -> R:
-        """Send x to rank ``dst``; returns x when its memory is free, which small messages (up to 64 KiB) do not wait for the receiver for.
+        """Send x to rank ``dst``; returns x when its memory is free: for a little under 64 KiB at once, for more when it is received.
 
         The k-th send to a rank under a tag meets the k-th recv there from this rank under that tag, whatever else is under way.
         """
@@ -107,8 +121,9 @@ class Api(Generic[R]):
         return self._run(group, lambda core: collectives.recv(core, shape, dtype, src, out, tag), timeout, stream, key)
 
     def recv_like(
-        self, x: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None, tag: int = 0
-    ) -> R:
+        self, x: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None, tag: int = 0,
+    ) -> R:  # fmt: skip
         """Receive an array of x's shape and dtype from rank ``src``."""
         shape, dtype = collectives.like(x)
         return self._run(group, lambda core: collectives.recv(core, shape, dtype, src, out, tag, "recv_like"), timeout, stream, key)
@@ -120,7 +135,7 @@ class Group(Generic[R]):
     Groups of ``rt`` and of ``rt.sync`` are faces of the same core and accept each other wherever a group is expected.
     """
 
-    _api: Api[R]
+    _api: ClassVar[Any]  # the front end whose faces these are
 
     def __init__(self, core: CoreGroup) -> None:
         if not isinstance(core, CoreGroup):
@@ -143,49 +158,58 @@ class Group(Generic[R]):
         if self._core.world is not None:
             self._core.world.abort(self._core)
 
-    def all_reduce(self, x: Any, op: str = "sum", **keywords: Any) -> R:
+    def all_reduce(
+        self, x: Any, op: str = "sum", *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
         """As ``rt.all_reduce`` on this group."""
-        return self._api.all_reduce(x, op, group=self, **keywords)
+        return self._api.all_reduce(x, op, group=self, stream=stream, out=out, timeout=timeout, key=key)
 
-    def all_sum(self, x: Any, **keywords: Any) -> R:
+    def all_sum(self, x: Any, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """As ``rt.all_sum`` on this group."""
-        return self._api.all_sum(x, group=self, **keywords)
+        return self._api.all_sum(x, group=self, stream=stream, out=out, timeout=timeout, key=key)
 
-    def all_max(self, x: Any, **keywords: Any) -> R:
+    def all_max(self, x: Any, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """As ``rt.all_max`` on this group."""
-        return self._api.all_max(x, group=self, **keywords)
+        return self._api.all_max(x, group=self, stream=stream, out=out, timeout=timeout, key=key)
 
-    def all_min(self, x: Any, **keywords: Any) -> R:
+    def all_min(self, x: Any, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """As ``rt.all_min`` on this group."""
-        return self._api.all_min(x, group=self, **keywords)
+        return self._api.all_min(x, group=self, stream=stream, out=out, timeout=timeout, key=key)
 
-    def all_gather(self, x: Any, **keywords: Any) -> R:
+    def all_gather(self, x: Any, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """As ``rt.all_gather`` on this group."""
-        return self._api.all_gather(x, group=self, **keywords)
+        return self._api.all_gather(x, group=self, stream=stream, out=out, timeout=timeout, key=key)
 
-    def sum_scatter(self, x: Any, op: str = "sum", **keywords: Any) -> R:
+    def sum_scatter(
+        self, x: Any, op: str = "sum", *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
         """As ``rt.sum_scatter`` on this group."""
-        return self._api.sum_scatter(x, op, group=self, **keywords)
+        return self._api.sum_scatter(x, op, group=self, stream=stream, out=out, timeout=timeout, key=key)
 
-    def broadcast(self, x: Any, root: int = 0, **keywords: Any) -> R:
+    def broadcast(self, x: Any, root: int = 0, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """As ``rt.broadcast`` on this group."""
-        return self._api.broadcast(x, root, group=self, **keywords)
+        return self._api.broadcast(x, root, group=self, stream=stream, out=out, timeout=timeout, key=key)
 
-    def barrier(self, **keywords: Any) -> R:
+    def barrier(self, *, stream: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """As ``rt.barrier`` on this group."""
-        return self._api.barrier(group=self, **keywords)
+        return self._api.barrier(group=self, stream=stream, timeout=timeout, key=key)
 
-    def send(self, x: Any, dst: int, **keywords: Any) -> R:
+    def send(self, x: Any, dst: int, *, stream: Any = None, timeout: float | None = None, key: Any = None, tag: int = 0) -> R:
         """As ``rt.send`` on this group."""
-        return self._api.send(x, dst, group=self, **keywords)
+        return self._api.send(x, dst, group=self, stream=stream, timeout=timeout, key=key, tag=tag)
 
-    def recv(self, shape: Any, dtype: Any, src: int, **keywords: Any) -> R:
+    def recv(
+        self, shape: Any, dtype: Any, src: int, *, stream: Any = None, out: Any = None, timeout: float | None = None,
+        key: Any = None, tag: int = 0,
+    ) -> R:  # fmt: skip
         """As ``rt.recv`` on this group."""
-        return self._api.recv(shape, dtype, src, group=self, **keywords)
+        return self._api.recv(shape, dtype, src, group=self, stream=stream, out=out, timeout=timeout, key=key, tag=tag)
 
-    def recv_like(self, x: Any, src: int, **keywords: Any) -> R:
+    def recv_like(
+        self, x: Any, src: int, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None, tag: int = 0
+    ) -> R:
         """As ``rt.recv_like`` on this group."""
-        return self._api.recv_like(x, src, group=self, **keywords)
+        return self._api.recv_like(x, src, group=self, stream=stream, out=out, timeout=timeout, key=key, tag=tag)
 
 
 def core_of(group: Any) -> CoreGroup:

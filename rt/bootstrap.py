@@ -7,7 +7,8 @@ Steps, all under one deadline, with ranks started in any order:
 
 1. *Addresses*: ``rt.rendezvous``.
 2. *Connections*, all pairs in parallel: k data and one control connection each. Rank r dials its right neighbour; of other pairs the
-   lower rank dials. Neighbours must connect.
+   lower rank dials. Neighbours must connect. As soon as two have, they tell each other who else they know to be there, so that at the
+   deadline a rank which sees only its neighbours can name the absent.
 3. *Up.* A first all-gather round the ring carries each host's description; when it is through, every rank is known to listen.
    From then on a pair that cannot connect is given up (one more attempt, two seconds at most): with one cable per pair of
    neighbours it never will.
@@ -145,25 +146,30 @@ class _Forming:
         self._all_up = asyncio.Event()
         self._sockets: dict[int, dict[tuple[int, int], socket.socket]] = {rank: {} for rank in range(self._size)}
         self._streams: dict[int, Streams] = {}
-        self._heard: set[int] = {self._rank}
+        self._present: set[int] = {self._rank}
+        self._rows: asyncio.Queue[Any] = asyncio.Queue()
         self._tried: dict[int, dict[str, str]] = {}
 
     async def run(self, tasks: asyncio.TaskGroup) -> Wiring:
         self._tasks = tasks
+        attending = [tasks.create_task(self._attend(peer)) for peer in self._neighbours]
         table = await self._rendezvous.find_table()
         dialling = {
             peer: tasks.create_task(self._dial_all(peer, table[peer]))
             for peer in range(self._size)
             if peer != self._rank and dials(self._rank, peer, self._size)
         }
-        await self._complete(self._neighbours)
+        await self._until(lambda: self._neighbours <= self._streams.keys())
         hosts = await self._all_gather(asdict(HostInfo.mine()))
         self._all_up.set()
+        self._present = set(range(self._size))
         if dialling:
             _, late = await asyncio.wait(dialling.values(), timeout=_GRACE_SECONDS)
             for task in late:
                 task.cancel()
         rows = await self._all_gather([peer for peer in dialling if self._is_complete(peer)])
+        self._say({"formed": True})
+        await asyncio.wait(attending)
         direct = frozenset((min(a, b), max(a, b)) for a, row in enumerate(rows) for b in row)
         return await self._wire(direct, tuple(HostInfo(**host) for host in hosts))
 
@@ -205,6 +211,8 @@ class _Forming:
             stale.close()
         self._sockets[peer][purpose, index] = sock
         self._changed.set()
+        if self._is_complete(peer):
+            self._meet({peer})
 
     async def _dial_all(self, peer: int, addresses: list[Address]) -> None:
         async def one(purpose: Purpose, index: int, candidates: list[Address]) -> None:
@@ -226,6 +234,7 @@ class _Forming:
         while True:
             last_attempt = self._all_up.is_set() and peer not in self._neighbours
             for address in addresses:
+                self._tried.setdefault(peer, {}).setdefault(tcp.show(address), "no answer")
                 try:
                     return await self._dial(peer, purpose, index, address)
                 except OSError as error:
@@ -276,38 +285,59 @@ class _Forming:
         if peer not in self._streams:
             # The entry stays, so that the pair goes on counting as complete.
             self._streams[peer] = await tcp.streams(self._sockets[peer][Purpose.CONTROL, 0])
+            self._changed.set()
         return self._streams[peer]
 
-    async def _all_gather(self, value: Any) -> list[Any]:
-        """Everyone's ``value`` in rank order, round the ring of neighbours: to the right, from the left, size - 1 times."""
-        rows: dict[int, Any] = {self._rank: value}
-        _, right = await self._stream_to((self._rank + 1) % self._size)
-        left, _ = await self._stream_to((self._rank - 1) % self._size)
-        carried = [self._rank, value]
-        for _ in range(self._size - 1):
-            tcp.write_json(right, {"row": carried})
-            said = await self._hear(left)
-            carried = said["row"]
-            rows[carried[0]] = carried[1]
-            self._heard.add(carried[0])
-        return [rows[rank] for rank in range(self._size)]
+    def _say(self, value: Any) -> None:
+        """To the neighbours that are connected."""
+        for peer in self._neighbours & self._streams.keys():
+            tcp.write_json(self._streams[peer][1], value)
 
-    async def _hear(self, left: asyncio.StreamReader) -> Any:
+    def _meet(self, ranks: set[int]) -> None:
+        """Take note that these ranks are there, and spread the news while it is some."""
+        if not ranks <= self._present:
+            self._present |= ranks
+            self._say({"present": sorted(self._present)})
+
+    async def _attend(self, peer: int) -> None:
+        """Hear what a neighbour has to say until its last word of the bootstrap: what follows is the control thread's."""
+        await self._complete([peer])
+        reader, writer = await self._stream_to(peer)
+        tcp.write_json(writer, {"present": sorted(self._present)})
+        said: dict[str, Any] = {}
+        while "formed" not in said:
+            said = await self._hear(peer, reader)
+            self._meet(set(said.get("present", ())))
+            if "row" in said:
+                self._rows.put_nowait(said["row"])
+
+    async def _hear(self, peer: int, reader: asyncio.StreamReader) -> dict[str, Any]:
         try:
-            said = await tcp.read_json(left)
+            said = await tcp.read_json(reader)
         except (OSError, EOFError):
-            peer = (self._rank - 1) % self._size
             raise RendezvousError(f"rank {self._rank}/{self._size}: rank {peer} left while the group was forming") from None
         if "error" in said:
             raise RendezvousError(said["error"])
         return said
+
+    async def _all_gather(self, value: Any) -> list[Any]:
+        """Everyone's ``value`` in rank order, round the ring of neighbours: to the right, from the left, size - 1 times."""
+        rows: dict[int, Any] = {self._rank: value}
+        _, right = self._streams[(self._rank + 1) % self._size]
+        carried = [self._rank, value]
+        for _ in range(self._size - 1):
+            tcp.write_json(right, {"row": carried})
+            carried = await self._rows.get()  # only the left neighbour sends rows to the right
+            rows[carried[0]] = carried[1]
+        return [rows[rank] for rank in range(self._size)]
 
     # Failure
 
     def _missing(self) -> list[int]:
         if self._rendezvous.table is None:
             return self._rendezvous.missing()
-        return [rank for rank in range(self._size) if rank not in self._heard and not self._is_complete(rank)]
+        unconnected = {rank for rank in self._neighbours if not self._is_complete(rank)}
+        return [rank for rank in range(self._size) if rank not in self._present or rank in unconnected]
 
     def explain(self) -> str:
         """Name the ranks that are missing at the deadline, and for each what was tried."""
@@ -319,7 +349,7 @@ class _Forming:
                 tried = f"it has not connected to {', '.join(map(tcp.show, table[self._rank]))}"
             lines.append(f"  rank {rank}: {tried or 'not heard of'}")
         if len(lines) == 1:
-            lines.append(f"  no rank: all are connected with this one, but rank {(self._rank - 1) % self._size} still waits for another")
+            lines.append("  no rank: all are there, but some neighbours are not connected with each other")
         return "\n".join(lines)
 
     async def tell(self, error: BaseException) -> None:

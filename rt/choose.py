@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from rt import algorithms, algorithms_move
 from rt.dtypes import HALF, ITEMSIZE, DType, Op
-from rt.schedule import Collective, Schedule
+from rt.schedule import TEMP, Collective, Schedule, Temp
 
 # Largest number of bytes for which an algorithm is used; first guesses, to be measured on TCP and shared memory. Below, rounds count;
 # above, bytes do. Bytes are those of x for all-reduce and broadcast, of one rank's block for all-gather and reduce-scatter.
@@ -41,6 +41,8 @@ def choose(
     """
     itemsize = ITEMSIZE[dtype]
     mesh = full_mesh or size <= 3  # in a ring of three all are neighbours
+    if count == 0 and kind is not Collective.BARRIER:
+        return _nothing(kind, rank, size, root, mesh)
     match kind:
         case Collective.ALL_REDUCE:
             return _all_reduce(rank, size, count, dtype, op, lanes, mesh)
@@ -60,6 +62,16 @@ def choose(
             return algorithms_move.send(root, count, lanes, itemsize)
         case Collective.RECV:
             return algorithms_move.recv(root, count, lanes, itemsize)
+
+
+def _nothing(kind: Collective, rank: int, size: int, peer: int, mesh: bool) -> Schedule:
+    """Move nothing, but meet: ranks that pass empty arrays are compared with the others, and a recv waits for its send."""
+    token = algorithms_move.Span(TEMP, 0, 1)
+    if kind is Collective.SEND:
+        return Schedule((algorithms_move.send_step(peer, 0, token),), (Temp(1, False),), "striped")
+    if kind is Collective.RECV:
+        return Schedule((algorithms_move.recv_step(peer, 0, token),), (Temp(1, False),), "striped")
+    return algorithms_move.barrier(rank, size) if mesh else algorithms_move.ring_barrier(rank, size)
 
 
 def _needs_wide(size: int, dtype: DType, op: Op) -> bool:

@@ -31,7 +31,7 @@ def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_red
     if group.size == 1:
         return _alone(work, x, array, out, what)
     target = _target(out, array.shape, array, what, work)
-    alias = (0, 0) if target is array else _aliasing(array, target, what, {(0, 0)})
+    alias = (0, 0) if target is array else _aliasing(x, array, target, what, {(0, 0)})
     work.result = target
     group.submit(what, Call(Collective.ALL_REDUCE, dtype, code, array.shape, array.size, alias=alias), array, target, work)
     return work
@@ -46,7 +46,7 @@ def all_gather(group: CoreGroup, x: Any, out: Any) -> Work:
         return _alone(work, x, array, out, "all_gather")
     shape = (group.size * array.shape[0], *array.shape[1:]) if array.ndim else (group.size,)
     target = _target(out, shape, array, "all_gather", work)
-    alias = _aliasing(array, target, "all_gather", {(group.rank * array.size, 0)})
+    alias = _aliasing(x, array, target, "all_gather", {(group.rank * array.size, 0)})
     work.result = target
     call = Call(Collective.ALL_GATHER, dtype, Op.SUM, array.shape, array.size, alias=alias)
     group.submit("all_gather", call, array, target, work)
@@ -70,7 +70,7 @@ def sum_scatter(group: CoreGroup, x: Any, op: str, out: Any) -> Work:
         )
     shape = (array.shape[0] // group.size, *array.shape[1:])
     target = _target(out, shape, array, "sum_scatter", work)
-    alias = _aliasing(array, target, "sum_scatter", {(0, group.rank * target.size)})
+    alias = _aliasing(x, array, target, "sum_scatter", {(0, group.rank * target.size)})
     work.result = target
     call = Call(Collective.REDUCE_SCATTER, dtype, code, array.shape, target.size, alias=alias)
     group.submit("sum_scatter", call, array, target, work)
@@ -86,7 +86,7 @@ def broadcast(group: CoreGroup, x: Any, root: int, out: Any) -> Work:
     if group.size == 1:
         return _alone(work, x, array, out, "broadcast")
     target = _target(out, array.shape, array, "broadcast", work)
-    alias = (0, 0) if target is array else _aliasing(array, target, "broadcast", {(0, 0)})
+    alias = (0, 0) if target is array else _aliasing(x, array, target, "broadcast", {(0, 0)})
     work.result = target
     call = Call(Collective.BROADCAST, dtype, Op.SUM, array.shape, array.size, root=root, alias=alias)
     group.submit("broadcast", call, array, target, work)
@@ -183,15 +183,19 @@ def _target(
     return out
 
 
-def _aliasing(x: np.ndarray[Any, Any], out: np.ndarray[Any, Any], what: str, allowed: set[tuple[int, int]]) -> tuple[int, int] | None:
-    """Return where x and out start, in items, if they share memory in an allowed way; None if they share none."""
-    if not np.may_share_memory(x, out):
+def _aliasing(
+    x: Any, array: np.ndarray[Any, Any], out: np.ndarray[Any, Any], what: str, allowed: set[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """Return where array and out start, in items, if they share memory in an allowed way; None if they share none."""
+    given = x if isinstance(x, np.ndarray) else array  # of which array may be a copy: the call would still change what x holds
+    if not np.may_share_memory(given, out):
         return None
-    distance, rest = divmod(out.ctypes.data - x.ctypes.data, x.itemsize)
-    found = (max(0, -distance), max(0, distance))
-    if rest == 0 and found in allowed:
-        return found
-    if not np.shares_memory(x, out):
+    if given is array:
+        distance, rest = divmod(out.ctypes.data - array.ctypes.data, array.itemsize)
+        found = (max(0, -distance), max(0, distance))
+        if rest == 0 and found in allowed:
+            return found
+    if not np.shares_memory(given, out):
         return None
     raise ValueError(f"{what}: out overlaps x; it may be x itself or this rank's block, or share no memory with it")
 
@@ -228,10 +232,17 @@ def _peer(rank: Any, group: CoreGroup, doing: str, name: str) -> int:
 
 
 def _tag(tag: Any) -> int:
+    return _int64(tag, "tag")
+
+
+def _int64(value: Any, name: str) -> int:
     try:
-        return operator.index(tag)
+        number = operator.index(value)
     except TypeError:
-        raise TypeError(f"tag must be an integer, not {type(tag).__name__}") from None
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {number}")
+    return number
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
@@ -249,24 +260,24 @@ def _shape(shape: Any) -> tuple[int, ...]:
 _SPLIT = 1  # tag in the signature of the all-gather behind split: it must not be taken for a user's
 
 
-def split(group: CoreGroup, color: int, key: int) -> Work:
-    """Start to exchange the colors and keys of a split; ``split_group`` makes the group from the result."""
+def split(group: CoreGroup, color: int, key: int) -> tuple[Work, int]:
+    """Start to exchange the colors and keys of a split; ``split_group`` makes the group from the result and the number of the split."""
     work = Work(group)
-    mine = np.array([operator.index(color), operator.index(key)], np.int64)
+    mine = np.array([_int64(color, "color"), _int64(key, "key")], np.int64)
     if group.size == 1:
         work.finish(mine.reshape(1, 2))
-        return work
+        return work, 0
     work.result = np.empty((group.size, 2), np.int64)
     call = Call(Collective.ALL_GATHER, DType.INT64, Op.SUM, (2,), 2, tag=_SPLIT)
     group.submit("split", call, mine, work.result, work)
-    return work
+    group.splits += 1  # counted where it is submitted: all ranks submit in the same order, but splits may end in another
+    return work, group.splits
 
 
-def split_group(group: CoreGroup, pairs: np.ndarray[Any, Any]) -> CoreGroup:
+def split_group(group: CoreGroup, pairs: np.ndarray[Any, Any], number: int) -> CoreGroup:
     """Return this rank's group of a split: same color, ordered by key, ties by rank; a negative key means the rank."""
-    group.splits += 1
     if group.world is None or group.size == 1:
-        return CoreGroup(group.world, group.ranks, 0, f"{group.name}.split", hash64(group.identity, "split", group.splits), group.timeout)
+        return CoreGroup(group.world, group.ranks, 0, f"{group.name}.split", hash64(group.identity, "split"), group.timeout)
     color = int(pairs[group.rank, 0])
     members = [rank for rank in range(group.size) if pairs[rank, 0] == color]
     members.sort(key=lambda rank: (int(pairs[rank, 1]) if pairs[rank, 1] >= 0 else rank, rank))
@@ -274,6 +285,6 @@ def split_group(group: CoreGroup, pairs: np.ndarray[Any, Any]) -> CoreGroup:
         [group.ranks[rank] for rank in members],
         members.index(group.rank),
         f"{group.name}.split(color={color})",
-        hash64(group.identity, "split", group.splits, color),
+        hash64(group.identity, "split", number, color),
         group.timeout,
     )

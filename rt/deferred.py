@@ -1,12 +1,14 @@
 """Collectives called before the group has formed.
 
-May live here: the queue of such calls. May not: anything once the group is there.
+May live here: the queue of such calls, and how a loop waits for the group. May not: anything once the group is there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
@@ -16,6 +18,7 @@ from rt.aio import Work
 from rt.group import CoreGroup
 
 _waiting: deque[Deferred] = deque()
+_starting = threading.RLock()  # who starts calls that waited starts all of them, in order; re-entered where a start asks for the group
 
 
 class Deferred:
@@ -23,26 +26,51 @@ class Deferred:
 
     def __init__(self, start: Callable[[CoreGroup], Work], formed: concurrent.futures.Future[CoreGroup]) -> None:
         self._start = start
-        self._formed = formed
+        self.formed = formed
         self._work: Work | None = None
         self._error: BaseException | None = None
         _waiting.append(self)
 
-    def start(self, core: CoreGroup) -> None:
+    def start(self) -> None:
         """Start the work; what it raises is raised by the await."""
         try:
-            self._work = self._start(core)
+            self._work = self._start(self.formed.result())
         except Exception as error:
             self._error = error
 
     def __await__(self) -> Generator[Any, None, Any]:
         if self._work is None and self._error is None:
-            yield from asyncio.wrap_future(self._formed)
-            ready_core()
+            yield from wait_until(self.formed).__await__()
+            start_waiting()
         if self._error is not None:
             raise self._error
         assert self._work is not None
         return (yield from self._work.__await__())
+
+
+async def wait_until(formed: concurrent.futures.Future[CoreGroup]) -> CoreGroup:
+    """Return the group once it has formed. Cancelling this harms nobody else who waits: the ranks go on meeting."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def end() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def tell(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+            loop.call_soon_threadsafe(end)
+
+    formed.add_done_callback(tell)
+    await done
+    return formed.result()
+
+
+def start_waiting() -> None:
+    """Start, in call order, every call whose group has formed; those whose group never will are dropped, and their awaits say why."""
+    with _starting:
+        while _waiting and _waiting[0].formed.done():
+            _waiting.popleft().start()
 
 
 def ready_core() -> CoreGroup | None:
@@ -53,6 +81,6 @@ def ready_core() -> CoreGroup | None:
         if not future.done():
             return None
         core = future.result()
-    while _waiting:
-        _waiting.popleft().start(core)
+    if _waiting:
+        start_waiting()
     return core

@@ -79,7 +79,8 @@ def numpy_dtype(code: int) -> np.dtype[Any]:
     if code == DType.BFLOAT16:
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     return np.dtype(DType(code).name.lower())
 
 

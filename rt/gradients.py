@@ -1,10 +1,13 @@
 """Averaging trees of gradients in few collectives.
 
-May live here: flattening, bucketing (the rules of MLX's ``average_gradients``, but one bucket per dtype) and their inverse. May not: waiting.
+May live here: flattening, bucketing (the rules of MLX's ``average_gradients``, but one bucket per dtype) and their inverse. May not:
+waiting.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,9 +32,13 @@ class Plan:
         leaves, self._structure = optree.tree_flatten(tree)
         self._leaves = [np.asarray(leaf) for leaf in leaves]
         self._wire = None if communication_type is None else np.dtype(communication_type)
+        if self._wire is not None and code_of(self._wire) not in INEXACT:
+            raise TypeError(f"average_gradients: communication_type must be floating or complex, not {self._wire}")
         for leaf in self._leaves:
             if code_of(leaf.dtype) not in INEXACT:
                 raise TypeError(f"average_gradients: gradients must be floating or complex, found {leaf.dtype}")
+            if self._wire is not None and leaf.dtype.kind == "c" and self._wire.kind != "c":
+                raise TypeError(f"average_gradients: communication_type {self._wire} cannot carry the {leaf.dtype} of a gradient")
         self._buckets = self._fill(bucket_bytes)
 
     def _fill(self, bucket_bytes: int) -> list[list[int]]:
@@ -50,14 +57,12 @@ class Plan:
                 open_buckets[wire] = members, nbytes
         return buckets
 
-    def start(self, core: CoreGroup) -> list[Work]:
-        """Start one all-reduce per bucket."""
-        works = []
+    def starts(self) -> Iterator[Callable[[CoreGroup], Work]]:
+        """Yield what starts the all-reduce of each bucket, joining it only then: the first travel while the next are copied."""
         for members in self._buckets:
             wire = self._wire or self._leaves[members[0]].dtype
             joined = np.concatenate([self._leaves[index].astype(wire, copy=False).reshape(-1) for index in members])
-            works.append(collectives.all_reduce(core, joined, "mean", joined, "average_gradients"))
-        return works
+            yield functools.partial(_mean, joined)
 
     def finish(self, means: list[Any]) -> Any:
         """Cut the reduced buckets up again."""
@@ -71,3 +76,7 @@ class Plan:
                 results[index] = mean[at : at + leaf.size].reshape(leaf.shape).astype(leaf.dtype, copy=False)
                 at += leaf.size
         return optree.tree_unflatten(self._structure, results)
+
+
+def _mean(joined: np.ndarray[Any, Any], core: CoreGroup) -> Work:
+    return collectives.all_reduce(core, joined, "mean", joined, "average_gradients")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _SIGNATURE = struct.Struct("=IBBBBQiIQQ3Q")
 _PLANS_MOST = 4096
 _PLAIN_DIMS = 3
+_RECENT = 64  # calls that can still be named when a peer turns out to have called something else
 
 
 class Call(NamedTuple):
@@ -34,7 +36,7 @@ class Call(NamedTuple):
         kind: the collective.
         dtype, op: codes.
         shape: of x as the caller sees it; compared between ranks.
-        count: items as ``choose`` wants them.
+        items: as ``choose`` wants them counted.
         root: rank in the group; for send and recv the peer.
         tag: of send and recv.
         alias: where input and output start in shared memory, None out of place.
@@ -44,7 +46,7 @@ class Call(NamedTuple):
     dtype: DType
     op: Op
     shape: tuple[int, ...]
-    count: int
+    items: int
     root: int = -1
     tag: int = 0
     alias: tuple[int, int] | None = None
@@ -84,6 +86,7 @@ class CoreGroup:
         self.failure: Callable[[_fastpath.Work], RTError] | None = None
         self.splits = 0
         self._plans: dict[Call, _Ready] = {}
+        self._recent: list[tuple[int, bytes]] = [(-1, b"")] * _RECENT
         if self.engine is not None and world is not None:
             self.full_mesh = all((min(a, b), max(a, b)) in world.direct for a in self.ranks for b in self.ranks if a != b)
             self._links = [0 if r == world.rank else self.engine.links_to(r) for r in self.ranks]
@@ -103,18 +106,25 @@ class CoreGroup:
         status = self.engine.submit(
             work, ready.program, self.identity, ready.channel, ready.signature, self.ranks, self.size, source, target, BUDGET_BYTES
         )
+        if ready.channel == self.identity:
+            self._recent[work.sequence % _RECENT] = (work.sequence, ready.signature)
         if self.failure is not None and work.state == _fastpath.FLYING:
             self.engine.break_group(self.identity, self.failure)  # it broke between the two lines above
         loop = asyncio._get_running_loop()
         if loop is not None:
             self.driver(loop).follow(status)
 
+    def recent(self, sequence: int) -> bytes | None:
+        """Return the signature of a collective that this rank called not long ago, None if it is not known any more."""
+        found, signature = self._recent[sequence % _RECENT]
+        return sequence.to_bytes(4, sys.byteorder) + signature[4:] if found == sequence else None
+
     def _plan(self, call: Call) -> _Ready:
         schedule = choose(
             call.kind,
             rank=self.rank,
             size=self.size,
-            count=call.count,
+            count=call.items,
             dtype=call.dtype,
             op=call.op,
             lanes=self.world.lanes if self.world is not None else 1,

@@ -15,11 +15,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from rt import _fastpath, collectives, gradients, world
+from rt import _fastpath, collectives, world
 from rt.aio import Work
 from rt.api import Api, check_common, core_of
 from rt.api import Group as _Group
 from rt.config import is_available
+from rt.deferred import start_waiting
+from rt.gradients import BUCKET_BYTES, Plan
 from rt.group import CoreGroup
 
 __all__ = [
@@ -49,23 +51,20 @@ def _wait(work: Work, timeout: float | None) -> Any:
 
 
 class _Blocking(Api[Any]):
-    def _run(
-        self, group: Any, start: Callable[[CoreGroup], Work], timeout: float | None, stream: Any, key: Any, finish: Callable[[Any], Any] | None = None
-    ) -> Any:
+    def _run(self, group: Any, start: Callable[[CoreGroup], Work], timeout: float | None, stream: Any, key: Any) -> Any:
         if timeout is not None or stream is not None or key is not None:
             check_common(timeout, stream, key)
         core = core_of(group) if group is not None else _world_core()
         _refuse_inside_loop(core)
-        work = start(core)
-        result = _wait(work, timeout if timeout is not None else core.timeout)
-        return result if finish is None else finish(result)
+        return _wait(start(core), timeout if timeout is not None else core.timeout)
 
 
 def _refuse_inside_loop(core: CoreGroup) -> None:
     loop = asyncio._get_running_loop()
     if loop is not None and core.engine is not None and core.engine.in_flight() and core.driver_of(loop) is not None:
         raise RuntimeError(
-            f"a call of rt.sync would block the event loop that drives {core.engine.in_flight()} collectives in flight; use `await rt...` here"
+            f"a call of rt.sync would block the event loop that drives {core.engine.in_flight()} collectives in flight; "
+            "use `await rt...` here"
         )
 
 
@@ -78,13 +77,20 @@ class Group(_Group[Any]):
     __doc__ = _Group.__doc__
 
     def split(self, color: int, key: int = -1) -> Group:
-        """Return the group of the ranks with the same ``color``, ordered by ``key`` (negative: by rank), ties by rank. All ranks must call."""
-        core = self._core
-        return Group(_api._run(self, lambda _: collectives.split(core, color, key), None, None, None, lambda p: collectives.split_group(core, p)))
+        """Return the group of the ranks with the same ``color``, in the order of ``key`` (negative: the rank), ties by rank.
 
-    def average_gradients(self, gradients: Any, **keywords: Any) -> Any:
+        All ranks of this group must call.
+        """
+        core = self._core
+        _refuse_inside_loop(core)
+        work, number = collectives.split(core, color, key)
+        return Group(collectives.split_group(core, _wait(work, core.timeout), number))
+
+    def average_gradients(
+        self, gradients: Any, all_reduce_size: int = BUCKET_BYTES, communication_type: Any = None, communication_stream: Any = None
+    ) -> Any:
         """As ``rt.sync.average_gradients`` on this group."""
-        return average_gradients(gradients, self, **keywords)
+        return average_gradients(gradients, self, all_reduce_size, communication_type, communication_stream)
 
 
 _api = _Blocking()
@@ -138,10 +144,12 @@ def init(
         connections_per_ip=connections_per_ip, connect_timeout=connect_timeout, timeout=timeout, secret=secret,
     )  # fmt: skip
     try:
-        return Group(future.result())
+        core = future.result()
     except BaseException:
         future.cancel()
         raise
+    start_waiting()
+    return Group(core)
 
 
 def close() -> None:
@@ -152,8 +160,10 @@ def close() -> None:
 
 
 def abort() -> None:
-    """End every work of the world now, on all ranks, with ``GroupAbortedError``."""
-    Group(_world_core()).abort()
+    """End every work of the world now, on all ranks, with ``GroupAbortedError``. Does not wait."""
+    core = world.current()
+    if core is not None:
+        Group(core).abort()
 
 
 def rank() -> int:
@@ -167,12 +177,12 @@ def size() -> int:
 
 
 def average_gradients(
-    gradients_tree: Any, group: Any = None, all_reduce_size: int = gradients.BUCKET_BYTES, communication_type: Any = None, communication_stream: Any = None
+    gradients: Any, group: Any = None, all_reduce_size: int = BUCKET_BYTES, communication_type: Any = None, communication_stream: Any = None
 ) -> Any:
     """Average a tree of arrays over all ranks; shapes, dtypes and structure stay.
 
     Args:
-        gradients_tree: any pytree (dicts, lists, tuples, ...) of floating or complex arrays.
+        gradients: any pytree (dicts, lists, tuples, ...) of floating or complex arrays.
         group: None: the world.
         all_reduce_size: leaves are joined into buckets of at least this many bytes, one per dtype; 0 or less: one collective per leaf.
         communication_type: dtype to communicate in; results are cast back.
@@ -183,7 +193,8 @@ def average_gradients(
     core = core_of(group) if group is not None else _world_core()
     check_common(None, communication_stream, None)
     if core.size == 1:
-        return gradients_tree
+        return gradients
     _refuse_inside_loop(core)
-    plan = gradients.Plan(gradients_tree, all_reduce_size, communication_type)
-    return plan.finish([_wait(work, core.timeout) for work in plan.start(core)])
+    plan = Plan(gradients, all_reduce_size, communication_type)
+    works = [start(core) for start in plan.starts()]
+    return plan.finish([_wait(work, core.timeout) for work in works])

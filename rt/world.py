@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import os
 import select
+import sys
 import threading
 import time
 import weakref
@@ -123,14 +124,14 @@ class World:
         """Return this world's driver in ``loop``, attached now if it is new."""
         driver = self.drivers.get(loop)
         if driver is None:
-            driver = self.drivers[loop] = LoopDriver(loop, self.engine)
+            driver = self.drivers[loop] = LoopDriver(loop, self.engine, self.spin)
         return driver
 
     # -- failures
 
     def _on_events(self, events: list[Any]) -> None:
         """Judge what the engine found, in whatever thread it was found."""
-        for kind, peer, code, group, _, sequence, mine, theirs in events:
+        for kind, peer, code, group, channel, sequence, mine, theirs in events:
             known = self.groups.get(group)
             if kind == _fastpath.LOST:
                 reason = f"connection closed ({os.strerror(code)})" if code else "connection closed"
@@ -141,11 +142,16 @@ class World:
                 if known is not None:
                     known.fail(known.closed(f"rank {peer} has closed the group and is still needed"))
             else:
-                self._report(self._mismatch(known, peer, group, sequence, mine, theirs))
+                self._report(self._mismatch(known, peer, group, channel, sequence, mine, theirs))
 
-    def _mismatch(self, group: CoreGroup | None, peer: int, identity: int, sequence: int, mine: bytes, theirs: bytes) -> Report:
+    def _mismatch(
+        self, group: CoreGroup | None, peer: int, identity: int, channel: int, sequence: int, mine: bytes, theirs: bytes
+    ) -> Report:
         """Both sides find the same disagreement, and both must describe it in the same words: lower rank first."""
-        own = explain_signature(mine) if any(mine) else "a call it had finished without this peer"
+        if not any(mine):  # the engine has forgotten the call: it had ended without this peer
+            sequence = int.from_bytes(theirs[:4], sys.byteorder)
+            mine = (group.recent(sequence) if group is not None and channel == identity else None) or b""
+        own = explain_signature(mine) if mine else f"something else as #{sequence}, long ago"
         sides = sorted([(self.rank, own), (peer, explain_signature(theirs))])
         numbers = {rank: group.ranks.index(rank) if group is not None and rank in group.ranks else rank for rank, _ in sides}
         text = "ranks disagree: " + ", but ".join(f"rank {numbers[rank]} called {said}" for rank, said in sides)
@@ -156,13 +162,15 @@ class World:
             self.control.report(report)
 
     def timed_out(self, work: Work, seconds: float) -> None:
-        """A time limit expired: blame a rank that is still waited for."""
-        waited = self.engine.waiting_for(work)
+        """A time limit expired: blame a rank that has not called, else one that is late."""
+        absent, late = self.engine.waiting_for(work)
         if work.state != _fastpath.FLYING:
             return
+        waited = absent or late
         text = f"not done {seconds:g} s after rank {self.rank} called; it waits for rank{'s' if len(waited) > 1 else ''} "
-        text += ", ".join(map(str, waited)) or "none"
-        culprit = waited[0] if waited else -1
+        text += (", ".join(map(str, waited)) or "none") + (", which did not call" if absent else "")
+        # Who called and is late may itself wait for another: blame needs a single one.
+        culprit = absent[0] if absent else late[0] if len(late) == 1 else -1
         self._report(Report("timeout", work.group.identity, work.sequence, culprit, work.describe(), text))
 
     def abort(self, group: CoreGroup) -> None:

@@ -5,6 +5,7 @@ May live here: what the engine tests need to build such a world and run it. May 
 
 from __future__ import annotations
 
+import functools
 import random
 import struct
 from typing import Any
@@ -21,11 +22,19 @@ NEVER = 1 << 40
 
 
 class SimWorld:
-    """``size`` engines, every pair joined by ``lanes`` links."""
+    """``size`` engines, every pair joined by ``lanes`` links.
 
-    def __init__(self, size: int, *, lanes: int = 1, capacity: int = 64, seed: int | None = 0, segment: int = 64, frame: int = 1 << 18) -> None:
+    Args:
+        seed: decides who progresses when, and how much of what is possible a link moves.
+        wakes: links move all that is possible and tell their peers, and nobody is asked twice: a forgotten wake-up is a deadlock.
+    """
+
+    def __init__(
+        self, size: int, *, lanes: int = 1, capacity: int = 64, seed: int = 0, segment: int = 64, frame: int = 1 << 18, wakes: bool = False
+    ) -> None:
         self.dice = random.Random(seed)
-        dice = None if seed is None else self.dice
+        self.wakes = wakes
+        dice = None if wakes else self.dice
         self.size, self.lanes = size, lanes
         self.engines = [_fastpath.Engine(pollable=False, segment=segment, frame_most=frame) for _ in range(size)]
         self.indexes: list[list[int]] = [[] for _ in range(size)]
@@ -38,8 +47,11 @@ class SimWorld:
                 for lane in range(lanes):
                     ends = memory_pair(capacity, dice)
                     for rank, peer, end in ((a, b, ends[0]), (b, a, ends[1])):
-                        self.indexes[rank].append(self.engines[rank].add_link(peer, end))
+                        index = self.engines[rank].add_link(peer, end)
+                        self.indexes[rank].append(index)
                         self.links[rank, peer, lane] = end
+                        end.wake = functools.partial(self.engines[rank].ready, index)
+                    ends[0].wake_peer, ends[1].wake_peer = ends[1].wake, ends[0].wake
 
     def submit(
         self, rank: int, schedule: Schedule, x: np.ndarray | None, out: np.ndarray | None, *, op: Op = Op.SUM, group: int = 1,
@@ -67,6 +79,18 @@ class SimWorld:
                           full_mesh=full_mesh, root=root)
         return self.submit(rank, schedule, x, out, op=op, ranks=ranks, dtype=np.uint8 if array is None else None, **more)
 
+    def step(self, rank: int, budget: int = NEVER) -> int:
+        """Let one engine progress once."""
+        if not self.wakes:
+            for index in self.indexes[rank]:
+                self.engines[rank].ready(index)
+        return self.engines[rank].progress(budget)
+
+    def stir(self, most: int) -> None:
+        """Let random engines progress a few times."""
+        for _ in range(self.dice.randint(0, most)):
+            self.step(self.dice.randrange(self.size), self.dice.choice((1, 100, NEVER)))
+
     def run(self, works: list[_fastpath.Work], *, rounds: int = 2_000_000, budget: int = NEVER) -> None:
         """Let engines progress in random order until all works ended; fail if nobody can move any more."""
         still = 0
@@ -74,14 +98,12 @@ class SimWorld:
         for _ in range(rounds):
             if all(work.state != 0 for work in works):
                 return
-            for engine in self.dice.sample(self.engines, self.size):
-                for index in self.indexes[self.engines.index(engine)]:
-                    engine.ready(index)
-                engine.progress(budget)
+            for rank in self.dice.sample(range(self.size), self.size):
+                self.step(rank, budget)
             now = [engine.statistics() for engine in self.engines]
             still = still + 1 if now == before else 0
             before = now
-            if still > 200:
+            if still > (2 if self.wakes else 200):
                 stuck = [(rank, engine.in_flight()) for rank, engine in enumerate(self.engines)]
                 raise AssertionError(f"deadlock: works in flight per rank {stuck}")
         raise AssertionError("too many rounds")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import socket
 import struct
 import sys
@@ -151,6 +152,27 @@ async def test_missing_rank_of_ring_file_is_named_with_addresses() -> None:
         assert "rank 0:" not in text
     waiting = str(outcomes[0])
     assert "rank 3: it has not connected to" in waiting and f":{configs[0].addresses[0][0][1]}" in waiting
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3, 5])
+async def test_missing_rank_is_named_alone_by_ranks_that_see_only_their_neighbours(first: int) -> None:
+    configs = ring(6)
+    configs[first] = replace(configs[first], connect_timeout=0.4)
+    outcomes = await form([each for each in configs if each.rank != 4], only_neighbours(6))
+    for outcome in outcomes:
+        assert isinstance(outcome, RendezvousError)
+        assert f"rank {first}/6" in str(outcome)
+        assert re.findall(r"^  rank (\d):", str(outcome), re.MULTILINE) == ["4"]
+
+
+async def test_a_rank_that_does_not_answer_is_named_with_the_address_tried() -> None:
+    # A listener whose queue is full: the kernel drops what asks for connections, without a word.
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as silent, socket.create_connection(silent.getsockname()[:2]):
+        configs = ring(2, connect_timeout=0.3)
+        assert configs[0].addresses is not None
+        where = (configs[0].addresses[0], (silent.getsockname()[:2],))
+        (outcome,) = await form([replace(configs[0], addresses=where)])
+    assert f"rank 1: 127.0.0.1:{where[1][0][1]}: no answer" in str(outcome)
 
 
 async def test_missing_rank_with_coordinator_is_named_by_all() -> None:
@@ -334,14 +356,13 @@ async def test_port_taken() -> None:
 
 
 async def test_a_rank_that_gives_up_tells_the_others() -> None:
-    """Rank 2 cannot reach its neighbour, rank 3; rank 3 gives up first, and those to its right need not wait for their own deadline."""
+    """Rank 2 cannot reach its neighbour, rank 3; rank 3 gives up first, and nobody needs to wait for a deadline of his own."""
     configs = ring(4)
-    configs[2], configs[3] = replace(configs[2], connect_timeout=1), replace(configs[3], connect_timeout=0.3)
+    configs[3] = replace(configs[3], connect_timeout=0.3)
     outcomes = await form(configs, lambda a, b: (a, b) != (2, 3))
     assert all(isinstance(outcome, RendezvousError) for outcome in outcomes)
     assert "rank 3/4: the group did not form within 0.3 s" in str(outcomes[3]) and "rank 2: it has not connected to" in str(outcomes[3])
-    assert str(outcomes[0]) == str(outcomes[1]) == str(outcomes[3])
-    assert "rank 2/4" in str(outcomes[2]) and "Network is unreachable" in str(outcomes[2])
+    assert str(outcomes[0]) == str(outcomes[1]) == str(outcomes[2]) == str(outcomes[3])
 
 
 async def test_through_torchruns_store(monkeypatch: pytest.MonkeyPatch) -> None:

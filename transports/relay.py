@@ -22,6 +22,21 @@ _HEAD = struct.Struct("!IIb3x")  # source, destination, way round the ring: +1 t
 _COUNT = struct.Struct("!I")
 
 
+def carriers(a: int, b: int, size: int) -> set[int]:
+    """Return the ranks that forward what ranks ``a`` and ``b`` of a ring of ``size`` say to each other, the way there and the way back."""
+    return _between(a, b, size) | _between(b, a, size)
+
+
+def _way(source: int, destination: int, size: int) -> int:
+    return 1 if 2 * ((destination - source) % size) <= size else -1
+
+
+def _between(source: int, destination: int, size: int) -> set[int]:
+    way = _way(source, destination, size)
+    hops = (way * (destination - source)) % size
+    return {(source + way * hop) % size for hop in range(1, hops)}
+
+
 class RelayPipe:
     """An ordered byte stream to ``peer`` and one from it. Methods may be called by any thread and never block.
 
@@ -159,7 +174,7 @@ class Relay:
     def end(self, peers: list[int]) -> None:
         """Control thread: tell ``peers`` that nothing more will come, behind everything sent before."""
         for peer in peers:
-            self._forward(RELAY_DATA, peer, self._way(self._rank, peer), b"")
+            self._forward(RELAY_DATA, peer, _way(self._rank, peer, self._size), b"")
 
     def lost(self, rank: int) -> None:
         """Control thread: ``rank`` is dead; end the pipes to it and through it."""
@@ -178,30 +193,19 @@ class Relay:
                 if pipe is not None and pipe.land(memoryview(b"")):
                     self._wake(pipe)
 
-    def _way(self, source: int, destination: int) -> int:
-        return 1 if 2 * ((destination - source) % self._size) <= self._size else -1
-
     def _passes(self, rank: int, peer: int) -> bool:
         """Whether ``rank`` lies between this rank and ``peer`` on the way there or back."""
-        if rank in (peer, self._rank) or peer == self._rank:
-            return False
-        there = self._between(self._rank, peer)
-        return rank in there or rank in self._between(peer, self._rank)
-
-    def _between(self, source: int, destination: int) -> set[int]:
-        way = self._way(source, destination)
-        hops = (way * (destination - source)) % self._size
-        return {(source + way * hop) % self._size for hop in range(1, hops)}
+        return peer != self._rank and rank in carriers(self._rank, peer, self._size)
 
     def _forward(self, kind: int, peer: int, way: int, body: bytes) -> None:
         self._send((self._rank + way) % self._size, kind, _HEAD.pack(self._rank, peer, way) + body)
 
     def _transmit(self, peer: int, piece: bytes) -> None:
-        self._post(self._forward, RELAY_DATA, peer, self._way(self._rank, peer), piece)
+        self._post(self._forward, RELAY_DATA, peer, _way(self._rank, peer, self._size), piece)
 
     def _acknowledge(self, peer: int, count: int) -> None:
         # Back the way the data came, so that data and acknowledgements depend on the same ranks.
-        self._post(self._forward, RELAY_ACK, peer, -self._way(peer, self._rank), _COUNT.pack(count))
+        self._post(self._forward, RELAY_ACK, peer, -_way(peer, self._rank, self._size), _COUNT.pack(count))
 
     def _wake(self, pipe: RelayPipe) -> None:
         if pipe.wake is not None:

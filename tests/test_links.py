@@ -1,0 +1,289 @@
+"""What every link must do, asked of each kind: memory links, socket pairs, TCP on loopback.
+
+May live here: the conformance suite. May not: schedules beyond send and recv, configuration of sockets. Engines are driven as drivers do
+it: by their descriptor where there is one, by the link's wake-ups where there is none. A forgotten wake-up fails the test.
+"""
+
+from __future__ import annotations
+
+import random
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rt import _fastpath, algorithms_move
+from rt.dtypes import Op, code_of
+from transports.memory import MemoryLink, memory_pair
+
+LOST, CLOSED, PROTOCOL = _fastpath.LOST, _fastpath.CLOSED, _fastpath.PROTOCOL
+PATIENCE_MS = 10_000  # until a test that waits for a wake-up gives up
+KINDS = ("memory", "pair", "tcp")
+BIG = 1 << 19  # items; far more than any link holds
+
+
+class RawSocket:
+    """The far end of a link, in the hands of a test."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        sock.setblocking(True)
+        sock.settimeout(PATIENCE_MS / 1e3)
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def recv(self) -> bytes:
+        return self.sock.recv(1 << 16)
+
+    def end(self) -> None:
+        self.sock.close()
+
+    def reset(self) -> None:
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+class RawMemory:
+    def __init__(self, link: MemoryLink) -> None:
+        self.link = link
+
+    def send(self, data: bytes) -> None:
+        assert self.link.send(memoryview(data)) == len(data)
+
+    def recv(self) -> bytes:
+        buffer = bytearray(1 << 16)
+        return bytes(buffer[: max(self.link.recv_into(memoryview(buffer)), 0)])
+
+    def end(self) -> None:
+        self.link.outgoing.closed = self.link.incoming.closed = True
+        assert self.link.wake_peer is not None
+        self.link.wake_peer()
+
+    reset = end
+
+
+class Pair:
+    """Two engines and the link between them; or one engine and a raw end."""
+
+    def __init__(self, kind: str, small: bool = False) -> None:
+        self.kind = kind
+        self.ends: list[Any]
+        if kind == "memory":
+            self.ends = list(memory_pair(100 if small else 1 << 16))
+        else:
+            self.ends = list(socket.socketpair() if kind == "pair" else tcp_pair())
+            for end in self.ends:
+                end.setblocking(False)
+                if small:
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        self.engines: list[_fastpath.Engine] = []
+        self.events: list[list[Any]] = []
+
+    def engine(self) -> _fastpath.Engine:
+        rank = len(self.engines)
+        engine, events, end = _fastpath.Engine(), list[Any](), self.ends[rank]
+        engine.set_event_handler(events.extend)
+        if self.kind == "memory":
+            index = engine.add_link(1 - rank, end)
+            self.ends[1 - rank].wake_peer = lambda: engine.ready(index)
+        else:
+            engine.add_socket(1 - rank, end)
+        self.engines.append(engine)
+        self.events.append(events)
+        return engine
+
+    def raw(self) -> Any:
+        return (RawMemory if self.kind == "memory" else RawSocket)(self.ends[1])
+
+    def drive(self, until: Callable[[], bool]) -> None:
+        """Sleep until an engine's descriptor says that it can go on, and let it; as any driver does."""
+        poll = select.poll()
+        engines = {engine.fileno(): engine for engine in self.engines}
+        for fd in engines:
+            poll.register(fd, select.POLLIN)
+        again = dict(engines)
+        while not until():
+            for fd in again or (ready := [fd for fd, _ in poll.poll(PATIENCE_MS)]):
+                engines[fd].progress(1 << 16)
+            if not again:
+                assert ready, "nobody was woken"
+            again = {fd: engine for fd, engine in engines.items() if engine.progress(1 << 16) == _fastpath.BUDGET}
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.break_group(1, lambda work: RuntimeError("over"))
+            engine.close()
+        for end in self.ends:
+            if isinstance(end, socket.socket):
+                end.close()
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        near = socket.create_connection(server.getsockname())
+        return near, server.accept()[0]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def pair(kind: str) -> Iterator[Pair]:
+    with closing(Pair(kind)) as pair:
+        yield pair
+
+
+def transfer(engine: _fastpath.Engine, rank: int, data: np.ndarray[Any, Any], *, sends: bool, channel: int = 1) -> _fastpath.Work:
+    """Start to send ``data`` to the other of two ranks, or to receive it."""
+    make = algorithms_move.send if sends else algorithms_move.recv
+    program = _fastpath.Program(make(1 - rank, data.size, 1, 8), code_of(data.dtype), Op.SUM, [int(rank == 1), int(rank == 0)])
+    work = _fastpath.Work()
+    x, out = (data, None) if sends else (None, data)
+    engine.submit(work, program, 1, channel, bytes(64), [0, 1], 2, x, out, 1 << 16)
+    return work
+
+
+def ended(*works: _fastpath.Work) -> Callable[[], bool]:
+    return lambda: all(work.state != _fastpath.FLYING for work in works)
+
+
+@pytest.mark.parametrize("small", (False, True))
+def test_order_and_partial_transfers(kind: str, small: bool) -> None:
+    with closing(Pair(kind, small)) as pair:
+        a, b = pair.engine(), pair.engine()
+        dice = random.Random(kind)
+        xs = [np.arange(dice.choice((1, 3, 100, 5000))) + i for i in range(60)]
+        outs = [np.zeros_like(x) for x in xs]
+        works = []
+        for i, (x, out) in enumerate(zip(xs, outs, strict=True)):
+            for engine, rank, data, sends in dice.sample([(a, 0, x, i % 2 == 0), (b, 1, out, i % 2 == 1)], 2):
+                if i % 2:  # the other way round
+                    data = x if rank else out
+                works.append(transfer(engine, rank, data, sends=sends, channel=1 + i % 3))
+        pair.drive(ended(*works))
+        for x, out in zip(xs, outs, strict=True):
+            np.testing.assert_array_equal(out, x)
+        assert not any(pair.events)
+
+
+def test_both_ways_at_once(pair: Pair) -> None:
+    """Full in both directions: whoever only writes deadlocks."""
+    engines = [pair.engine(), pair.engine()]
+    xs = [np.arange(BIG) + rank for rank in range(2)]
+    outs = [np.zeros_like(x) for x in xs]
+    works = [transfer(engine, rank, xs[rank], sends=True, channel=1 + rank) for rank, engine in enumerate(engines)]
+    works += [transfer(engine, rank, outs[rank], sends=False, channel=2 - rank) for rank, engine in enumerate(engines)]
+    pair.drive(ended(*works))
+    assert (outs[0] == xs[1]).all() and (outs[1] == xs[0]).all()
+
+
+def test_back_pressure_blocks_and_lets_go(pair: Pair) -> None:
+    a, b = pair.engine(), pair.engine()
+    x, out = np.arange(8 * BIG), np.zeros(8 * BIG, np.int64)
+    works = [transfer(a, 0, x, sends=True), transfer(b, 1, out, sends=False)]
+    while a.progress(1 << 20) == _fastpath.BUDGET:
+        pass
+    stuck = a.statistics()["bytes_out"]
+    assert a.progress(1 << 20) == _fastpath.BLOCKED and a.statistics()["bytes_out"] == stuck < x.nbytes
+    pair.drive(ended(*works))
+    np.testing.assert_array_equal(out, x)
+
+
+def test_idle_and_unwanted_data_wake_nobody_twice(pair: Pair) -> None:
+    """Data for which nothing is posted is read once; then the descriptor is quiet."""
+    a, b = pair.engine(), pair.engine()
+    work = transfer(a, 0, np.arange(1000), sends=True)
+    pair.drive(ended(work))
+    poll = select.poll()
+    poll.register(b.fileno(), select.POLLIN)
+    while poll.poll(0):
+        assert b.progress(1 << 20) in (_fastpath.IDLE, _fastpath.BUDGET)
+    assert b.statistics()["bytes_in"] == a.statistics()["bytes_out"] and b.progress(1 << 20) == _fastpath.IDLE
+    assert not poll.poll(0)
+    out = np.zeros(1000, np.int64)
+    assert transfer(b, 1, out, sends=False).state == _fastpath.DONE and out[-1] == 999
+
+
+def test_one_byte_at_a_time(kind: str) -> None:
+    with closing(Pair(kind)) as source:
+        a, raw = source.engine(), source.raw()
+        sent = transfer(a, 0, np.arange(50), sends=True)
+        source.drive(ended(sent))
+        stream = b""
+        while len(stream) < a.statistics()["bytes_out"]:
+            stream += raw.recv()
+        raw.end()
+    with closing(Pair(kind)) as sink:
+        b, raw = sink.engine(), sink.raw()
+        out = np.zeros(50, np.int64)
+        # The engine under test is rank 0 of its pair here; what it hears is the same.
+        work = transfer(b, 0, out, sends=False)
+        for i in range(len(stream)):
+            assert work.state == _fastpath.FLYING
+            raw.send(stream[i : i + 1])
+            sink.drive(lambda: b.statistics()["bytes_in"] == i + 1)  # noqa: B023
+        assert work.state == _fastpath.DONE and out.tolist() == list(range(50))
+        raw.end()
+
+
+@pytest.mark.parametrize("way", ("end", "reset"))
+@pytest.mark.parametrize("posted", (False, True))
+def test_end_without_goodbye_is_a_loss(pair: Pair, way: str, posted: bool) -> None:
+    engine, raw = pair.engine(), pair.raw()
+    work = transfer(engine, 0, np.zeros(BIG, np.int64), sends=False) if posted else None
+    raw.send(struct.pack("=IBBHQ", 64, 1, 0, 0, 1)[:9])  # amid a header
+    getattr(raw, way)()
+    pair.drive(lambda: bool(pair.events[0]))
+    assert [event[:2] for event in pair.events[0]] == [(LOST, 1)]
+    assert work is None or work.state == _fastpath.FLYING
+    assert engine.progress(1 << 20) == (_fastpath.BLOCKED if posted else _fastpath.IDLE)
+
+
+def test_end_while_sending_is_a_loss(pair: Pair) -> None:
+    engine, raw = pair.engine(), pair.raw()
+    work = transfer(engine, 0, np.zeros(8 * BIG, np.int64), sends=True)
+    raw.send(struct.pack("=IBBHQ", 64, 1, 0, 0, 1) + bytes(64))
+    pair.drive(lambda: engine.statistics()["bytes_in"] == 80)
+    raw.end()
+    pair.drive(lambda: bool(pair.events[0]))
+    assert [event[0] for event in pair.events[0]] == [LOST] and work.state == _fastpath.FLYING
+
+
+def test_orderly_end(pair: Pair) -> None:
+    """Everything sent before GOODBYE arrives; both hear each other's; nobody reports an error."""
+    a, b = pair.engine(), pair.engine()
+    x, out = np.arange(BIG), np.zeros(BIG, np.int64)
+    works = [transfer(a, 0, x, sends=True), transfer(b, 1, out, sends=False)]
+    pair.drive(ended(works[0]))
+    a.say_goodbye()
+    pair.drive(ended(works[1]))
+    b.say_goodbye()
+    pair.drive(lambda: not a.goodbyes_missing() and not b.goodbyes_missing())
+    np.testing.assert_array_equal(out, x)
+    assert not any(pair.events)
+
+
+def test_garbage_is_no_frame(pair: Pair) -> None:
+    _, raw = pair.engine(), pair.raw()
+    raw.send(b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n")
+    pair.drive(lambda: bool(pair.events[0]))
+    assert [event[0] for event in pair.events[0]] == [PROTOCOL]
+
+
+def test_closed_engine_refuses_and_its_child_lets_go(pair: Pair) -> None:
+    engine, _ = pair.engine(), pair.engine()
+    fd = engine.fileno()
+    assert fd >= 0
+    engine.close()
+    assert engine.fileno() == -1 and engine.progress(1) == _fastpath.IDLE
+    with pytest.raises(RuntimeError, match="closed"):
+        transfer(engine, 0, np.arange(3), sends=True)
+    engine.close()
