@@ -21,7 +21,8 @@ DEBUG = os.environ.get("RT_DEBUG") == "1"
 COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unused-function"]
 
 # The included files are named so that setuptools rebuilds when they change.
-PARTS = ["_kernels.h", "_poll.h", *(f"_{part}.pxi" for part in ("program", "links", "receive", "send", "works", "engine", "work"))]
+PXI = ("program", "links", "receive", "send", "works", "deadlock", "submit", "engine", "work")
+PARTS = ["_kernels.h", "_poll.h", *(f"_{part}.pxi" for part in PXI)]
 
 extension = Extension(
     "rt._fastpath",

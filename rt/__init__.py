@@ -79,6 +79,10 @@ def _limit(work: Work, seconds: float | None) -> None:
 class Group(_Group[Awaitable[Any]]):
     __doc__ = _Group.__doc__
 
+    @property
+    def _api(self) -> Api[Awaitable[Any]]:
+        return _api
+
     def split(self, color: int, key: int = -1) -> Awaitable[Group]:
         """Return the group of the ranks with the same ``color``, in the order of ``key`` (negative: the rank), ties by rank.
 
@@ -101,7 +105,6 @@ class Group(_Group[Awaitable[Any]]):
 
 
 _api = _Awaitable()
-Group._api = _api
 all_reduce = _api.all_reduce
 all_sum = _api.all_sum
 all_max = _api.all_max

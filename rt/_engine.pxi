@@ -12,7 +12,8 @@ cdef char *array_memory(array, Py_ssize_t nbytes) except? NULL:
     """Return where a C-contiguous array of at least ``nbytes`` starts; NULL for None."""
     if array is None and not nbytes:
         return NULL
-    if not cnp.PyArray_Check(array) or not cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray>array) or cnp.PyArray_NBYTES(<cnp.ndarray>array) < nbytes:
+    cdef bint fits = cnp.PyArray_Check(array) and cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray>array)
+    if not fits or cnp.PyArray_NBYTES(<cnp.ndarray>array) < nbytes:
         raise ValueError(f"needs a C-contiguous array of {nbytes} bytes, not {array!r}")
     return <char *>cnp.PyArray_DATA(<cnp.ndarray>array)
 

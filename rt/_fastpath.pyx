@@ -7,6 +7,7 @@
 #   _receive.pxi   incoming frames: where they land
 #   _send.pxi      outgoing frames: which goes next
 #   _works.pxi     channels, works and the rules by which progress is made
+#   _submit.pxi    how a work begins
 #   _engine.pxi    the Engine: what Python sees of all this
 #   _work.pxi      the Python face of a work: what can be awaited
 # The hot path is structs and nogil functions, not extension types: Cython cannot follow references to objects without the GIL.
@@ -18,13 +19,12 @@ from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetInterrupt, PyErr_WriteUnraisable
 from libc.errno cimport EAGAIN, EINTR, EPIPE, ECONNRESET, errno
-from libc.stdint cimport int16_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove, memset
 
 cimport numpy as cnp
 
-import asyncio
 import os
 
 cnp.import_array()
@@ -106,6 +106,7 @@ cdef enum:
     FRAME_GOODBYE = 4   # no payload; nothing follows it
     FRAME_CREDIT = 5    # number kept free
     FRAME_ACK = 6       # number kept free
+    FRAME_WAITING = 7   # no payload; "I block on this call and on nothing else" (_deadlock.pxi)
 
 cdef enum:
     HEADER_BYTES = 16
@@ -114,6 +115,7 @@ cdef enum:
     STAGE_BYTES = 4096       # read ahead of the current payload: small frames cost one system call, large ones a copy of 1.6 %
     EAGER_MOST = 65536 + 96  # bytes per channel and link that may be sent before the peer's OPEN: 64 KiB, its header and an OPEN
     FRAMES_QUEUED = 16
+    WAITING_MARK = 128       # in the lane of an OPEN that was put aside: its sender blocks on it
     STEPS_MOST = 1 << 20
 
 cdef packed struct Header:
@@ -239,6 +241,7 @@ cdef struct WorkState:
     int stashed              # stash entries waiting in the streams
     int local_first          # first incomplete entry of plan.local_steps
     int slot_count
+    bint alone               # its thread blocks on it and can make no other call
     double divisor           # size of the group, for SCALE
     char **buffers
     Py_ssize_t *done         # items complete, per step
@@ -364,6 +367,7 @@ cdef struct Core:
     uint64_t tick
     bint closing
     bint any_goodbye
+    bint alarmed             # a peer or this rank began to block: see whether they wait for each other
     WorkState *active_first
     WorkState *active_last
     int active_count
@@ -393,5 +397,7 @@ include "_links.pxi"
 include "_receive.pxi"
 include "_send.pxi"
 include "_works.pxi"
+include "_deadlock.pxi"
+include "_submit.pxi"
 include "_engine.pxi"
 include "_work.pxi"

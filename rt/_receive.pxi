@@ -124,6 +124,9 @@ cdef void frame_begin(Core *core, Link *link) noexcept nogil:
         wrong = header.length != 0
         link.goodbye_in = not wrong
         core.any_goodbye = True
+    elif header.type == FRAME_WAITING:
+        wrong = header.length != 0
+        waiting_received(core, link, header)
     elif header.type == FRAME_OPEN or header.type == FRAME_DATA:
         if core.closing:
             return
@@ -393,7 +396,8 @@ cdef bint link_receive(Core *core, Link *link) noexcept nogil:
         link.readable = True
     if n <= 0:
         if n == -EAGAIN:
-            link.readable = False
+            if link.fd >= 0:
+                link.readable = False
             if link.tx_dead:
                 link_fail(core, link, EVENT_LOST, EPIPE)
         else:

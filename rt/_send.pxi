@@ -233,7 +233,8 @@ cdef bint link_transmit(Core *core, Link *link) noexcept nogil:
         link.writable = True
     if n < 0:
         if n == -EAGAIN:
-            link.writable = False
+            if link.fd >= 0:
+                link.writable = False
             return False
         link.tx_dead = True
         link.readable = True                # what the peer still sent, and why it left, is found by reading

@@ -177,16 +177,20 @@ def turn(Engine engine not None, Py_ssize_t budget, double spin):
     return status
 
 
-def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None, double seconds, double spin):
+cdef enum:
+    BLOCKED_MILLISECONDS = 500              # before a blocked thread says so: long enough to be rare, short for who waits for ever
+
+
+def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None, double seconds, double spin, bint alone):
     """Drive the engine until a work ends; return False if ``seconds`` (negative: for ever) ended first.
 
     Spins for at most ``spin`` seconds before each sleep. Signals are handled while it sleeps (so Ctrl-C raises), and every so often
-    while it is busy.
+    while it is busy. ``alone``: no other thread makes calls, so two ranks that block in different calls can be told (_deadlock.pxi).
     """
     cdef double deadline = rt_now() + seconds if seconds >= 0 else -1
     cdef double until, now, signals = rt_now() + 0.05
     cdef int status, slept
-    cdef double rest = -1
+    cdef double rest
     if not handle.add_waiter(sleeper):
         return True
     rt_wake_drain(sleeper.fds[0])
@@ -205,12 +209,19 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
                     return False
                 if status != PROGRESS_BUDGET and now >= until:
                     break
-            if deadline >= 0:
-                rest = deadline - now
+            rest = deadline - now if deadline >= 0 else -1
+            if alone and (rest < 0 or rest > 1e-3 * BLOCKED_MILLISECONDS):
+                rest = 1e-3 * BLOCKED_MILLISECONDS
             with nogil:
                 slept = rt_poll_sleep(engine.core.poll_set, sleeper.fds[0], rest)
             if slept < 0:
                 PyErr_CheckSignals()
+            elif slept == 0 and alone:
+                alone = False                   # said once
+                engine.lock()
+                if handle.work != NULL:
+                    say_waiting(&engine.core, handle.work)
+                engine.unlock()
         return True
     finally:
         handle.remove_waiter(sleeper)

@@ -90,12 +90,14 @@ class Work(_fastpath.Work):
         self.about = about
         self.borrows_source = False
         self.borrows_target = False
+        self._limit: tuple[float, float] | None = None  # seconds, and when they end, until some loop watches it
 
     def __await__(self) -> Generator[Any, None, Any]:
         loop = asyncio.get_running_loop()
         if self.state == _fastpath.FLYING:
             self.group.driver(loop).spin()
         if self.state == _fastpath.FLYING:
+            self._watch_limit(loop)
             future: asyncio.Future[None] = loop.create_future()
             driver = self.group.driver(loop)
             waiter = driver.waiter(future)
@@ -113,10 +115,18 @@ class Work(_fastpath.Work):
         return self.outcome()
 
     def limit(self, seconds: float) -> None:
-        """Give the work that many seconds from now; needs a running loop."""
+        """Give the work that many seconds from now. Watched by the running loop, else from the first await on."""
+        self._limit = seconds, time.monotonic() + seconds
+        loop = asyncio._get_running_loop()
+        if loop is not None:
+            self._watch_limit(loop)
+
+    def _watch_limit(self, loop: asyncio.AbstractEventLoop) -> None:
         world = self.group.world
-        assert world is not None
-        timer = asyncio.get_running_loop().call_later(seconds, world.timed_out, self, seconds)
+        if self._limit is None or world is None:
+            return
+        (seconds, deadline), self._limit = self._limit, None
+        timer = loop.call_later(max(0.0, deadline - time.monotonic()), world.timed_out, self, seconds)
         self.add_waiter(timer.cancel)
 
     def done(self) -> bool:

@@ -10,7 +10,7 @@ A front end is an ``Api`` that says how a started work is handed out (``_run``: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rt import collectives
 from rt.aio import Work
@@ -135,7 +135,10 @@ class Group(Generic[R]):
     Groups of ``rt`` and of ``rt.sync`` are faces of the same core and accept each other wherever a group is expected.
     """
 
-    _api: ClassVar[Any]  # the front end whose faces these are
+    @property
+    def _api(self) -> Api[R]:
+        """The front end whose face this is."""
+        raise NotImplementedError
 
     def __init__(self, core: CoreGroup) -> None:
         if not isinstance(core, CoreGroup):

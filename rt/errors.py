@@ -24,7 +24,10 @@ class RTError(RuntimeError):
 
 
 class ConfigError(RTError):
-    """The configuration is incomplete, malformed or contradicts itself. The message names the variable or file, what was found and what was expected."""
+    """The configuration is incomplete, malformed or contradicts itself.
+
+    The message is one line that names the variable or file, what was found and what was expected.
+    """
 
 
 class RendezvousError(RTError):

@@ -74,7 +74,9 @@ class CoreGroup:
         timeout: seconds a collective may take unless the call says otherwise; None for ever.
     """
 
-    def __init__(self, world: World | None, ranks: Sequence[int], rank: int, name: str, identity: int, timeout: float | None = None) -> None:
+    def __init__(
+        self, world: World | None, ranks: Sequence[int], rank: int, name: str, identity: int, timeout: float | None = None
+    ) -> None:
         self.world = world
         self.ranks = list(ranks)
         self.rank = rank
@@ -134,7 +136,7 @@ class CoreGroup:
         op = Op.SUM if call.op is Op.MEAN else call.op
         program = _fastpath.Program(schedule, call.dtype, op, self._links, call.alias)
         nbytes = _count(call.shape) * ITEMSIZE[call.dtype]
-        about = f"{call.dtype.name.lower()}, {nbytes} B"
+        about = f"{call.dtype.name.lower()}, {nbytes} B" if call.kind is not Collective.BARRIER else "all ranks"
         ready = _Ready(program, self._signature(call, nbytes, schedule.name), self._channel(call), about)
         if len(self._plans) >= _PLANS_MOST:
             self._plans.clear()
@@ -152,7 +154,8 @@ class CoreGroup:
         lanes = self.world.lanes if self.world is not None else 1
         fingerprint = hash64(algorithm, self.identity, lanes, self.full_mesh)
         root = -1 if p2p else call.root
-        return _SIGNATURE.pack(0, kind, call.dtype, call.op, len(shape), nbytes, root, self.size, fingerprint, call.tag & (2**64 - 1), *dims)
+        tag = call.tag & (2**64 - 1)
+        return _SIGNATURE.pack(0, kind, call.dtype, call.op, len(shape), nbytes, root, self.size, fingerprint, tag, *dims)
 
     def _channel(self, call: Call) -> int:
         if call.kind is Collective.SEND:
@@ -202,11 +205,12 @@ class CoreGroup:
         return make
 
 
-def explain_signature(signature: bytes) -> str:
-    """Return in words what a signature says: ``all_reduce #3 sum float32 (2, 2)``."""
+def explain_signature(signature: bytes, role: int | None = None) -> str:
+    """Return in words what a signature says: ``all_reduce #3 sum float32 (2, 2)``; ``role`` tells a send (0) from a recv (1)."""
     sequence, kind, dtype, op, ndim, nbytes, root, _, _, tag, *dims = _SIGNATURE.unpack(signature)
     try:
-        name = Collective(kind).name.lower() if kind != Collective.SEND else "send/recv"
+        name = Collective(kind).name.lower() if kind != Collective.SEND else ("send", "recv", "send/recv")[2 if role is None else role]
+        tag -= 2**64 if tag >= 2**63 else 0
         parts = [f"{name} #{sequence}", DType(dtype).name.lower()]
         reduces = kind in (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER)
         shape = tuple(dims[:ndim]) if ndim <= _PLAIN_DIMS else f"({dims[0]}, {dims[1]}, ... {ndim} dimensions)"

@@ -29,6 +29,7 @@ __all__ = [
     "init", "is_available", "rank", "recv", "recv_like", "send", "size", "sum_scatter",
 ]  # fmt: skip
 
+_OWN_THREADS = 2  # this one and the control thread: no third can make a call
 _local = threading.local()
 
 
@@ -41,9 +42,10 @@ def _wait(work: Work, timeout: float | None) -> Any:
         if sleeper is None:
             sleeper = _local.sleeper = _fastpath.Sleeper()
         try:
-            if not _fastpath.wait(core.engine, work, sleeper, -1.0 if timeout is None else timeout, core.world.spin):
+            alone = threading.active_count() <= _OWN_THREADS
+            if not _fastpath.wait(core.engine, work, sleeper, -1.0 if timeout is None else timeout, core.world.spin, alone):
                 core.world.timed_out(work, timeout or 0.0)
-                _fastpath.wait(core.engine, work, sleeper, -1.0, 0.0)
+                _fastpath.wait(core.engine, work, sleeper, -1.0, 0.0, False)
         except BaseException:
             work.give_back()
             raise
@@ -76,6 +78,10 @@ def _world_core() -> CoreGroup:
 class Group(_Group[Any]):
     __doc__ = _Group.__doc__
 
+    @property
+    def _api(self) -> Api[Any]:
+        return _api
+
     def split(self, color: int, key: int = -1) -> Group:
         """Return the group of the ranks with the same ``color``, in the order of ``key`` (negative: the rank), ties by rank.
 
@@ -94,7 +100,6 @@ class Group(_Group[Any]):
 
 
 _api = _Blocking()
-Group._api = _api
 all_reduce = _api.all_reduce
 all_sum = _api.all_sum
 all_max = _api.all_max

@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import select
 import sys
@@ -17,11 +18,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rt import _fastpath, config
 from rt.aio import LoopDriver, Work
-from rt.control import Control, Report, Verdict
+from rt.blame import Report, Verdict
 from rt.errors import (
     CollectiveTimeoutError,
     ConfigError,
@@ -34,10 +35,15 @@ from rt.errors import (
     RTError,
 )
 from rt.group import CoreGroup, explain_signature, hash64
+from transports.relay import carriers
+
+if TYPE_CHECKING:
+    from rt.control import Control
 
 GOODBYE_SECONDS = 5.0
 SPIN_SECONDS = 50e-6  # about what a wake-up costs; only where every rank of this host has a core to itself
 _CONTROL_SECONDS = 1.0
+_LOOK_AGAIN_SECONDS = 0.02
 
 _ERRORS: dict[str, type[GroupBrokenError]] = {
     "lost": PeerLostError,
@@ -76,7 +82,9 @@ class World:
         if self.size == 1:
             future.set_result(self.new_group(range(1), 0, "world", hash64("world", self._ring.job)))
             return future
-        self.control = Control.start(self._ring, on_verdict=self._on_verdict)
+        from rt.control import Control  # with all of bootstrap behind it: a group of one never needs it
+
+        self.control = Control.start(self._ring, on_verdict=self._on_verdict, on_bye=self._on_bye)
         ready = self.control.ready
         ready.add_done_callback(lambda wiring: self._wired(wiring, future))
         future.add_done_callback(lambda f: ready.cancel() if f.cancelled() else None)
@@ -134,27 +142,32 @@ class World:
         for kind, peer, code, group, channel, sequence, mine, theirs in events:
             known = self.groups.get(group)
             if kind == _fastpath.LOST:
+                if peer not in self.addresses:
+                    continue  # the end of a relayed stream is a consequence; its cause comes through the control thread
                 reason = f"connection closed ({os.strerror(code)})" if code else "connection closed"
-                self._report(Report.of_rank("lost", peer, f"lost rank {peer} (tcp {self.addresses.get(peer, 'relayed')}): {reason}"))
+                self._report(Report.of_rank("lost", peer, f"lost rank {peer} (tcp {self.addresses[peer]}): {reason}"))
             elif kind == _fastpath.PROTOCOL:
                 self._report(Report.of_rank("protocol", peer, f"rank {peer} sent bytes that are no frame of this version (type {code})"))
             elif kind == _fastpath.CLOSED:
                 if known is not None:
                     known.fail(known.closed(f"rank {peer} has closed the group and is still needed"))
             else:
-                self._report(self._mismatch(known, peer, group, channel, sequence, mine, theirs))
+                self._report(self._mismatch(known, peer, group, channel, sequence, mine, theirs, code))
 
     def _mismatch(
-        self, group: CoreGroup | None, peer: int, identity: int, channel: int, sequence: int, mine: bytes, theirs: bytes
+        self, group: CoreGroup | None, peer: int, identity: int, channel: int, sequence: int, mine: bytes, theirs: bytes, roles: int
     ) -> Report:
         """Both sides find the same disagreement, and both must describe it in the same words: lower rank first."""
         if not any(mine):  # the engine has forgotten the call: it had ended without this peer
             sequence = int.from_bytes(theirs[:4], sys.byteorder)
             mine = (group.recent(sequence) if group is not None and channel == identity else None) or b""
-        own = explain_signature(mine) if mine else f"something else as #{sequence}, long ago"
-        sides = sorted([(self.rank, own), (peer, explain_signature(theirs))])
+        # Roles are known where two blocked ranks wait for each other (_deadlock.pxi); within a channel they follow from it.
+        my_role, their_role = ((roles - 1) % 3, (roles - 1) // 3) if roles else (None, None)
+        own = explain_signature(mine, my_role) if mine else f"something else as #{sequence}, long ago"
+        sides = sorted([(self.rank, own), (peer, explain_signature(theirs, their_role))])
         numbers = {rank: group.ranks.index(rank) if group is not None and rank in group.ranks else rank for rank, _ in sides}
         text = "ranks disagree: " + ", but ".join(f"rank {numbers[rank]} called {said}" for rank, said in sides)
+        text += "; each waits for the other" if roles else ""
         return Report("mismatch", identity, sequence, sides[1][0], "", text)
 
     def _report(self, report: Report) -> None:
@@ -186,9 +199,22 @@ class World:
         for group in groups:
             self._break(group, verdict)
 
-    @staticmethod
-    def _concerns(verdict: Verdict, group: CoreGroup) -> bool:
-        return verdict.culprit in group.ranks if verdict.group == 0 else verdict.group == group.identity
+    def _on_bye(self, rank: int) -> None:
+        """A rank has left in order; who needs its GOODBYE has it, but others may have needed it to forward."""
+        with self._lock:
+            groups = [group for group in self.groups.values() if rank not in group.ranks and self._forwards(rank, group)]
+        for group in groups:
+            group.fail(group.closed(f"rank {rank} of the world, which forwarded between ranks of this group, has left"))
+
+    def _concerns(self, verdict: Verdict, group: CoreGroup) -> bool:
+        if verdict.group:
+            return verdict.group == group.identity
+        return verdict.culprit in group.ranks or self._forwards(verdict.culprit, group)
+
+    def _forwards(self, rank: int, group: CoreGroup) -> bool:
+        """Whether some pair of this group's ranks has no connection and talks through ``rank``."""
+        pairs = itertools.combinations(sorted(group.ranks), 2)
+        return any(pair not in self.direct and rank in carriers(*pair, self.size) for pair in pairs)
 
     @staticmethod
     def _break(group: CoreGroup, verdict: Verdict) -> None:
@@ -229,7 +255,8 @@ class World:
             if rest <= 0:
                 return
             if status != _fastpath.BUDGET:
-                poll.poll(rest * 1e3)
+                # Another driver may read what this one waits for, and the descriptor is edge-triggered: look again now and then.
+                poll.poll(min(rest, _LOOK_AGAIN_SECONDS) * 1e3)
 
     def close(self) -> None:
         """Leave and give every descriptor back."""
@@ -291,6 +318,7 @@ def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concur
     global _world, _future
     with _lock:
         if _future is not None and _world is not None and not _world.closed and not _failed(_future):
+            config.choose_backend(backend, os.environ, strict)  # bad arguments are errors also when there is nothing left to do
             return _future
         chosen = config.choose_backend(backend, os.environ, strict)
         ring = config.resolve_ring(**keywords) if chosen == "ring" else None

@@ -9,6 +9,7 @@ Run as ``exits.py front last_operation worlds ranks``; prints ``worlds * ranks``
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import socket
@@ -76,10 +77,8 @@ def be_a_rank(front: str, name: str, rank: int, size: int) -> None:
         asyncio.run(main(front, name, rank, size))
     else:
         coroutine = main(front, name, rank, size)
-        try:
+        with contextlib.suppress(StopIteration):
             coroutine.send(None)
-        except StopIteration:
-            pass
     if random.random() < 0.3:
         sys.exit(0)
 

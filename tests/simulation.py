@@ -26,7 +26,8 @@ class SimWorld:
 
     Args:
         seed: decides who progresses when, and how much of what is possible a link moves.
-        wakes: links move all that is possible and tell their peers, and nobody is asked twice: a forgotten wake-up is a deadlock.
+        wakes: links move all that is possible and tell their peers, and an engine goes on only if it said that it could or was woken:
+            a forgotten wake-up is a deadlock.
     """
 
     def __init__(
@@ -34,6 +35,8 @@ class SimWorld:
     ) -> None:
         self.dice = random.Random(seed)
         self.wakes = wakes
+        self.awake = set(range(size))
+        self.submit_budget = 1 << 20
         dice = None if wakes else self.dice
         self.size, self.lanes = size, lanes
         self.engines = [_fastpath.Engine(pollable=False, segment=segment, frame_most=frame) for _ in range(size)]
@@ -50,7 +53,7 @@ class SimWorld:
                         index = self.engines[rank].add_link(peer, end)
                         self.indexes[rank].append(index)
                         self.links[rank, peer, lane] = end
-                        end.wake = functools.partial(self.engines[rank].ready, index)
+                        end.wake = functools.partial(self._wake, rank, index)
                     ends[0].wake_peer, ends[1].wake_peer = ends[1].wake, ends[0].wake
 
     def submit(
@@ -65,7 +68,8 @@ class SimWorld:
         work = _fastpath.Work()
         signature = struct.pack("<I60s", 0, mark)
         assert me >= 0
-        self.engines[rank].submit(work, program, group, channel, signature, ranks, len(ranks), x, out, 1 << 20)
+        status = self.engines[rank].submit(work, program, group, channel, signature, ranks, len(ranks), x, out, self.submit_budget)
+        self._follow(rank, status)
         return work
 
     def collective(self, rank: int, kind: Collective, x: np.ndarray | None, out: np.ndarray | None, *, op: Op = Op.SUM, root: int = 0,
@@ -80,11 +84,27 @@ class SimWorld:
         return self.submit(rank, schedule, x, out, op=op, ranks=ranks, dtype=np.uint8 if array is None else None, **more)
 
     def step(self, rank: int, budget: int = NEVER) -> int:
-        """Let one engine progress once."""
+        """Let one engine progress once, if it may."""
         if not self.wakes:
             for index in self.indexes[rank]:
                 self.engines[rank].ready(index)
-        return self.engines[rank].progress(budget)
+        elif rank not in self.awake:
+            return _fastpath.BLOCKED
+        self.awake.discard(rank)
+        return self._follow(rank, self.engines[rank].progress(budget))
+
+    def say_goodbye(self, rank: int) -> None:
+        self.engines[rank].say_goodbye()
+        self.awake.add(rank)
+
+    def _follow(self, rank: int, status: int) -> int:
+        if status == _fastpath.BUDGET:
+            self.awake.add(rank)
+        return status
+
+    def _wake(self, rank: int, index: int) -> None:
+        self.engines[rank].ready(index)
+        self.awake.add(rank)
 
     def stir(self, most: int) -> None:
         """Let random engines progress a few times."""
@@ -103,7 +123,8 @@ class SimWorld:
             now = [engine.statistics() for engine in self.engines]
             still = still + 1 if now == before else 0
             before = now
-            if still > (2 if self.wakes else 200):
+            asleep = not self.awake and any(work.state == 0 for work in works) if self.wakes else still > 200
+            if asleep:
                 stuck = [(rank, engine.in_flight()) for rank, engine in enumerate(self.engines)]
                 raise AssertionError(f"deadlock: works in flight per rank {stuck}")
         raise AssertionError("too many rounds")

@@ -64,8 +64,8 @@ class Step:
 
 async def cancelled_at_some_time(awaitable: Awaitable[Any], dice: random.Random) -> Any:
     """Await, but cancel after some turns of the loop or some microseconds: by hand, or by ``asyncio.timeout``."""
-    if dice.random() < 0.3:
-        async with asyncio.timeout(dice.choice([0, 1e-4, 1e-3])):
+    if dice.random() < 0.5:
+        async with asyncio.timeout(dice.choice([0, 0, 1e-4, 1e-3])):
             return await awaitable
     task = asyncio.ensure_future(as_coroutine(awaitable))
     await asyncio.sleep(0)  # a task that has not begun awaits nothing yet
@@ -121,7 +121,7 @@ def test_a_thousand_steps_with_every_tenth_cancelled(size: int, front: str) -> N
     steps = 1000
     for right, cancelled in ranks.results(size, long_run, front=front, args=(steps, size), timeout=60):
         assert right + cancelled == steps
-        assert cancelled > steps / 50
+        assert cancelled > steps / 100, "many are too fast to be cancelled, but not nearly all"
 
 
 async def cancel_while_waiting(rt: Any, group: Any, ctl: ranks.Ctl) -> list[bool]:

@@ -594,10 +594,8 @@ async def split_order(rt: Any, group: Any, ctl: Any) -> None:
     assert sorted(int(x) for x in await in_order(works)) == [2, 20]
 
 
-@fronts
+@loops
 def test_splits_under_way_together(front: str) -> None:
-    if front == "sync":
-        pytest.skip("blocking calls are never under way together in one thread")
     results(2, split_order, front=front)
 
 

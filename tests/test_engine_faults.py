@@ -103,10 +103,10 @@ def test_a_group_breaks_and_its_neighbour_on_the_same_links_goes_on() -> None:
         world = SimWorld(size, capacity=dice.choice((7, 30, 200)), seed=seed, frame=dice.choice((16, 1 << 18)), wakes=seed % 2 == 0)
         xs = [np.arange(40) + rank for rank in range(size)]
         outs = [[np.zeros(40, np.int64) for _ in range(size)] for _ in range(2)]
-        works = [
-            [world.collective(rank, Collective.ALL_REDUCE, xs[rank].copy(), outs[group][rank], group=group + 1, channel=group + 1) for group in range(2)]
-            for rank in range(size)
-        ]
+        works = []
+        for rank in range(size):
+            names = [{"group": group, "channel": group} for group in (1, 2)]
+            works.append([world.collective(rank, Collective.ALL_REDUCE, xs[rank].copy(), outs[i][rank], **names[i]) for i in range(2)])
         world.stir(12)
         for rank, engine in enumerate(world.engines):
             engine.break_group(1, oops)
@@ -136,12 +136,12 @@ def test_goodbye_is_told_apart_from_a_death() -> None:
     for lanes in (1, 2):
         world = SimWorld(2, capacity=100, wakes=True, lanes=lanes)
         out = np.zeros(3, np.int64)
-        world.engines[0].say_goodbye()
+        world.say_goodbye(0)
         work = world.submit(1, algorithms_move.recv(0, 3, 1, 8), None, out)
         settle(world)
         assert kinds(world, 1) == {CLOSED} and work.state == FLYING
         world.engines[1].break_group(1, oops)
-        world.engines[1].say_goodbye()
+        world.say_goodbye(1)
         settle(world)
         assert [engine.goodbyes_missing() for engine in world.engines] == [[], []]
 
@@ -151,7 +151,7 @@ def test_what_was_sent_before_goodbye_is_received() -> None:
         world = SimWorld(2, capacity=capacity, wakes=True)
         x, out = np.arange(100), np.zeros(100, np.int64)
         sent = world.submit(0, algorithms_move.send(1, 100, 1, 8), x, None)
-        world.engines[0].say_goodbye()
+        world.say_goodbye(0)
         got = world.submit(1, algorithms_move.recv(0, 100, 1, 8), None, out)
         world.run([sent, got])
         np.testing.assert_array_equal(out, x)
@@ -268,7 +268,8 @@ def test_garbage_and_mutated_frames() -> None:
                 case 2:
                     data[at:at] = data[at : at + dice.choice((1, 16, 56, 80))]
                 case 3:
-                    data[at:at] = HEADER.pack(dice.choice((0, 8, 64, 1 << 18, 1 << 31)), dice.randrange(8), dice.randrange(3), dice.randrange(3), 1)
+                    length = dice.choice((0, 8, 64, 1 << 18, 1 << 31))
+                    data[at:at] = HEADER.pack(length, dice.randrange(8), dice.randrange(3), dice.randrange(3), 1)
         _, events, work, _ = receiver(Wire(data, dice.choice((1, 17, 1 << 20))))
         seen |= {event[0] for event in events}
         assert work.state == DONE or events

@@ -71,7 +71,7 @@ def test_a_rank_that_ends_early_is_named(how: str, front: str) -> None:
         assert outcomes[rank].stderr == ""
 
 
-# -- Ctrl-C --------------------------------------------------------------------------------------------------------------------------------
+# -- Ctrl-C -------------------------------------------------------------------------------------------------------------------------------
 
 
 async def interrupted(rt: Any, group: Any, ctl: ranks.Ctl, call: str) -> Any:
@@ -119,14 +119,11 @@ def test_ctrl_c_ends_a_call_and_the_group_goes_on(call: str, front: str) -> None
         world.tell(1, "go on")
         outcomes = world.wait()
     assert took < CTRL_C_SECONDS
-    assert outcomes[1].value is True, "\n".join(map(str, outcomes))
-    if front == "sync":
-        assert outcomes[0].value is True and outcomes[0].returncode == 0, "\n".join(map(str, outcomes))
-    else:  # asyncio raises KeyboardInterrupt when the cancelled main task has ended, whatever it returned
-        assert outcomes[0].error is not None and outcomes[0].error.kind == "KeyboardInterrupt", "\n".join(map(str, outcomes))
+    # Under asyncio the signal cancels the main task, which is free to go on as this one does.
+    assert [(outcome.value, outcome.returncode) for outcome in outcomes] == [(True, 0)] * 2, "\n".join(map(str, outcomes))
 
 
-# -- fork ------------------------------------------------------------------------------------------------------------------------------------
+# -- fork ---------------------------------------------------------------------------------------------------------------------------------
 
 
 async def forking(rt: Any, group: Any, ctl: ranks.Ctl, ending: str) -> tuple[int, float, float]:
@@ -140,7 +137,7 @@ async def forking(rt: Any, group: Any, ctl: ranks.Ctl, ending: str) -> tuple[int
         if child == 0:
             code = await in_the_child(rt, group)
             os._exit(code) if ending == "os._exit" else sys.exit(code)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # noqa: ASYNC222
     large = await group.all_sum(np.ones(1 << 20, np.float32))
     return status, before, float(large[-1])
 

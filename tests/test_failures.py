@@ -107,7 +107,7 @@ def kill_in_all_reduce(front: str, victim: int, *, size: int = 3, forked: bool =
             assert outcome.error is None and outcome.returncode == 0, "\n".join(map(str, outcomes))
             since, within = (0.0, AT_ONCE) if outcome.rank == absent else (killed, DEATH_SECONDS)
             check(outcome.value, "PeerLostError", victim, since, within)
-            assert outcome.stderr == ""
+            assert [line for line in outcome.stderr.splitlines() if not line.startswith("Executing <")] == []  # a debug loop counts time
 
 
 @pytest.mark.parametrize("front", ranks.FRONTS)
@@ -198,7 +198,7 @@ def test_a_group_without_the_lost_rank_goes_on(front: str) -> None:
     assert [outcome.value[1] for outcome in outcomes] == [[1.0, 2.0], [1.0, 3], [3, 2.0]]
 
 
-# -- a rank that does nothing is not lost ---------------------------------------------------------------------------------------------------
+# -- a rank that does nothing is not lost -------------------------------------------------------------------------------------------------
 
 
 async def send_to_the_silent(rt: Any, group: Any, ctl: ranks.Ctl) -> bool:
@@ -233,7 +233,7 @@ def test_a_rank_that_sleeps_is_not_lost(how: str, front: str) -> None:
     assert [outcome.value for outcome in outcomes] == [True] * 3, "\n".join(map(str, outcomes))
 
 
-# -- timeout ----------------------------------------------------------------------------------------------------------------------------------
+# -- timeout ------------------------------------------------------------------------------------------------------------------------------
 
 
 async def time_limit(rt: Any, group: Any, ctl: ranks.Ctl, own: float | None) -> Told:
@@ -287,7 +287,7 @@ def test_a_timeout_that_is_kept_leaves_nothing_behind(front: str) -> None:
     assert ranks.results(2, ample_time, front=front) == [600.0, 600.0]
 
 
-# -- abort ------------------------------------------------------------------------------------------------------------------------------------
+# -- abort --------------------------------------------------------------------------------------------------------------------------------
 
 
 async def aborted(rt: Any, group: Any, ctl: ranks.Ctl, how: str) -> Told:

@@ -60,9 +60,8 @@ def exchange(rule: str, incoming: list[int], seed: int) -> tuple[bool, bool]:
         acts = [lambda r=rank: ranks[r].send(links[1 - r]), lambda r=rank: ranks[r].receive(links[r])]
         still = 0 if any(act() for act in dice.sample(acts, dice.randint(1, 2))) else still + 1
     ended = not any(rank.outgoing or rank.incoming for rank in ranks)
-    right = [100 * (1 - rank) + i for rank in range(2) for i in FORWARD]
-    order = [incoming.index(i) for i in FORWARD]
-    return ended, [ranks[rank].memory[i] for rank in range(2) for i in FORWARD] == [right[rank * ITEMS + k] for rank in range(2) for k in order]
+    right = [[100 * (1 - rank) + incoming.index(i) for i in FORWARD] for rank in range(2)]
+    return ended, [rank.memory for rank in ranks] == right
 
 
 @pytest.mark.parametrize("incoming", (FORWARD, BACKWARD), ids=("forward", "backward"))

@@ -278,12 +278,36 @@ def test_garbage_is_no_frame(pair: Pair) -> None:
     assert [event[0] for event in pair.events[0]] == [PROTOCOL]
 
 
-def test_closed_engine_refuses_and_its_child_lets_go(pair: Pair) -> None:
-    engine, _ = pair.engine(), pair.engine()
-    fd = engine.fileno()
-    assert fd >= 0
+def test_what_a_finished_call_leaves_undone_wakes_the_others(pair: Pair) -> None:
+    """Whose work ends within submit does not come back; it took the events, so it must leave the descriptor readable."""
+    a, b = pair.engine(), pair.engine()
+    x, out, late = np.arange(BIG), np.zeros(BIG, np.int64), np.zeros(1, np.int64)
+    works = [transfer(a, 0, out, sends=False), transfer(b, 1, x, sends=True)]
+    while b.progress(1 << 20) == _fastpath.BUDGET:
+        pass
+    poll = select.poll()
+    poll.register(a.fileno(), select.POLLIN)
+    small = transfer(a, 0, np.ones(1, np.int64), sends=True, channel=2)
+    assert small.state == _fastpath.DONE and works[0].state == _fastpath.FLYING
+    assert poll.poll(0)
+    pair.drive(ended(*works, transfer(b, 1, late, sends=False, channel=2)))
+    assert late[0] == 1 and (out == x).all()
+
+
+def test_closed_engine_refuses(pair: Pair) -> None:
+    engine = pair.engine()
     engine.close()
     assert engine.fileno() == -1 and engine.progress(1) == _fastpath.IDLE
     with pytest.raises(RuntimeError, match="closed"):
         transfer(engine, 0, np.arange(3), sends=True)
     engine.close()
+
+
+def test_engine_of_the_parent_is_dead_in_a_forked_child(pair: Pair) -> None:
+    engine = pair.engine()
+    work = transfer(engine, 0, np.zeros(3, np.int64), sends=False)
+    engine.abandon_in_child()
+    engine.break_group(1, lambda work: RuntimeError("over"))  # lists may be torn: nothing is touched
+    assert engine.fileno() == -1 and engine.progress(1) == _fastpath.IDLE and work.state == _fastpath.FLYING
+    with pytest.raises(RuntimeError, match="closed"):
+        transfer(engine, 0, np.arange(3), sends=True)

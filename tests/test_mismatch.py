@@ -75,7 +75,7 @@ async def disagree(rt: Any, world: Any, ctl: ranks.Ctl) -> dict[str, Any]:
 
 
 async def provoke(group: Any, call: Callable[[Any, Any], Any], mine: np.ndarray[Any, Any]) -> tuple[Any, str, str, float, int | None]:
-    """Make the call, go on until the group breaks, and try again: (result, first words, later words, seconds of the later call, culprit)."""
+    """Make the call, go on until the group breaks, and try again: (result, first words, later words, seconds of that, culprit)."""
     result = None
     with pytest.raises(MismatchError) as first:
         result = await call(group, mine)

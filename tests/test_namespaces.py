@@ -284,7 +284,6 @@ async def reduce_across_until_it_breaks(rt: Any, group: Any, ctl: Any) -> tuple[
         return type(error).__name__, error.culprit, str(error)
 
 
-@pytest.mark.xfail(reason="rt.world blames the far end of a relayed stream for the death of a rank between", strict=True)
 @fronts
 def test_a_killed_rank_that_only_forwards_is_named(front: str, ring_of_four: list[netns.Host], file: Write) -> None:
     """Ranks 0 and 2 are a group of their own, and all that they say passes through the others."""
