@@ -349,6 +349,8 @@ cdef class Engine:
                     self._free_told(channel)
                 channel = channel.next_hash
         self._after()
+        if self.core.active_count:
+            self.wake()                         # a frame of this group may have held up a link; what lies behind it raises no new edge
 
     def waiting_for(self, Work handle):
         """Whom a work in flight waits for, for messages: ``(absent, late)``, sorted world ranks.
