@@ -21,8 +21,8 @@ test: .stamp-build  ## the whole test suite
 check: .stamp-build  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest rt._fastpath --ignore-disjoint-bases
-	$(BIN)/cython-lint --max-line-length 140 --ignore E203 rt/*.pyx rt/*.pxi
+	$(BIN)/python -m mypy.stubtest rt._fastpath --allowlist .ci/stubtest-allow --ignore-unused-allowlist
+	$(BIN)/cython-lint --max-line-length 140 rt/*.pyx rt/*.pxi
 
 peers: .venv-peers/.stamp  ## torch (gloo), MLX and MPI, to measure against
 

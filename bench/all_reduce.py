@@ -33,7 +33,7 @@ _PROBES = 3
 _KINDS = {
     "rt sync": ("rt", "rt-sync", True, True),
     "rt async": ("rt", "rt-async", True, True),
-    "gloo": ("gloo", "gloo", False, True),
+    "gloo": ("gloo", "gloo", True, True),
     "mlx": ("mlx", "mlx", True, False),
 }
 
@@ -103,10 +103,9 @@ class Row:
         """The placements that were measured."""
         return [cell for cell in (self.out_of_place, self.in_place) if cell is not None]
 
-    @property
-    def best(self) -> Cell:
-        """What is compared: out of place where the system can, else in place."""
-        return self.cells[0]
+    def cell(self, in_place: bool) -> Cell | None:
+        """One of the placements."""
+        return self.in_place if in_place else self.out_of_place
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from bench.all_reduce import ITEM_BYTES, ROUNDS, Cell, Result, Row
 
 # Above this share of a core, a system that waits for its turn disturbs the one that is measured.
 _BUSY = 0.05
-_IN_PLACE_ONLY = "gloo"
+_PLACES = {"out_of_place": False, "in_place": True}
 
 
 def bandwidths(nbytes: int, seconds: float, size: int) -> tuple[float, float]:
@@ -107,27 +107,41 @@ def number(value: float, width: int) -> str:
 
 
 def comparison(result: Result) -> list[str]:
-    """Return the table of medians per size and system, and of each peer's time over each front end's."""
+    """Return the tables of medians per size and system, and of each peer's time over each front end's: out of place, and in place."""
     options = result.options
-    pairs = [(peer, front) for peer in options.peers for front in options.fronts]
-    titles = [f"{name} (us)" for name in options.systems] + [f"{peer}/{front}" for peer, front in pairs]
     lines = [
-        "# Against peers: the same loop and sizes, each system's own barrier before each sample, float32 over loopback,",
-        "# out of place into an array that is there already.",
+        "# Against peers: the same loop and sizes, each system's own barrier before each sample, float32 over loopback.",
         "# A ratio says how many times longer the peer takes than rt: the median over rounds of that round's ratio.",
     ]
-    if _IN_PLACE_ONLY in options.peers:
-        lines.append("# gloo reduces in place only, and is timed so: its best case, it touches one array less.")
-    if "mlx" in options.peers:
+    for in_place in (False, True):
+        peers = [peer for peer in options.peers if _offers(result, peer, in_place)]
+        if peers:
+            lines += _ratios(result, peers, in_place)
+    wrong = {name: sum(cell.wrong or 0 for row in result.rows[name] for cell in row.cells) for name in options.peers}
+    lines += [f"# warning: {name} returned {count} wrong elements" for name, count in wrong.items() if count]
+    return lines
+
+
+def _offers(result: Result, system: str, in_place: bool) -> bool:
+    return all(row.cell(in_place) is not None for row in result.rows[system])
+
+
+def _ratios(result: Result, peers: list[str], in_place: bool) -> list[str]:
+    options = result.options
+    systems = [f"rt {front}" for front in options.fronts] + peers
+    pairs = [(peer, front) for peer in peers for front in options.fronts]
+    titles = [f"{name} (us)" for name in systems] + [f"{peer}/{front}" for peer, front in pairs]
+    lines = ["# In place." if in_place else "# Out of place, into an array that is there already."]
+    if not in_place and "gloo" in peers:
+        lines.append("# gloo reduces in place only: out of place it copies first, as its users do.")
+    if not in_place and "mlx" in peers:
         lines.append("# mlx returns an array of its own, from its cache of buffers; building the expression is part of the call.")
     lines.append(f"# {'size (B)':>10}" + "".join(f"  {title:>13}" for title in titles))
     for index, nbytes in enumerate(options.sizes):
-        cells = {name: result.rows[name][index].best for name in options.systems}
+        cells = {name: cell for name in systems if (cell := result.rows[name][index].cell(in_place)) is not None}
         times = [number(cell.seconds * 1e6, 13) for cell in cells.values()]
         ratios = [number(cells[peer].ratio(cells[f"rt {front}"]), 13) for peer, front in pairs]
         lines.append(f"{nbytes:>12}" + "".join(f"  {shown}" for shown in times + ratios))
-    wrong = {name: sum(cell.wrong or 0 for row in result.rows[name] for cell in row.cells) for name in options.peers}
-    lines += [f"# warning: {name} returned {count} wrong elements" for name, count in wrong.items() if count]
     return lines
 
 
@@ -190,10 +204,15 @@ def _half_json(nbytes: int, cell: Cell, size: int) -> dict[str, Any]:
 
 def _compared(result: Result, index: int) -> dict[str, Any]:
     options = result.options
-    cells = {name: result.rows[name][index].best for name in options.systems}
+    return {"size": options.sizes[index], **{key: _compared_cells(result, index, place) for key, place in _PLACES.items()}}
+
+
+def _compared_cells(result: Result, index: int, in_place: bool) -> dict[str, Any]:
+    options = result.options
+    cells = {name: cell for name in options.systems if (cell := result.rows[name][index].cell(in_place)) is not None}
+    peers = [peer for peer in options.peers if peer in cells]
     return {
-        "size": options.sizes[index],
         "time": {name: cell.seconds * 1e6 for name, cell in cells.items()},
         "nwrong": {name: cell.wrong for name, cell in cells.items()},
-        "ratio": {peer: {f"rt {front}": cells[peer].ratio(cells[f"rt {front}"]) for front in options.fronts} for peer in options.peers},
+        "ratio": {peer: {f"rt {front}": cells[peer].ratio(cells[f"rt {front}"]) for front in options.fronts} for peer in peers},
     }

@@ -15,12 +15,12 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any
 
 from rt import collectives, world
 from rt.aio import Work
-from rt.api import Api, check_common, core_of
+from rt.api import Api, Start, check_common, core_of
 from rt.api import Group as _Group
 from rt.config import is_available
 from rt.deferred import Deferred, ready_core, start_waiting, wait_until
@@ -56,17 +56,17 @@ __all__ = [
 
 
 class _Awaitable(Api[Awaitable[Any]]):
-    def _run(self, group: Any, start: Callable[[CoreGroup], Work], timeout: float | None, stream: Any, key: Any) -> Awaitable[Any]:
+    def _run(self, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Awaitable[Any]:
         if timeout is not None or stream is not None or key is not None:
             check_common(timeout, stream, key)
         core = core_of(group) if group is not None else ready_core()
         if core is None:
-            return Deferred(lambda formed: _start(formed, start, timeout), world.start())
-        return _start(core, start, timeout)
+            return Deferred(lambda formed, x, out: _start(formed, start, x, out, timeout), x, out, world.start())
+        return _start(core, start, x, out, timeout)
 
 
-def _start(core: CoreGroup, start: Callable[[CoreGroup], Work], timeout: float | None) -> Work:
-    work = start(core)
+def _start(core: CoreGroup, start: Start, x: Any, out: Any, timeout: float | None) -> Work:
+    work = start(core, x, out)
     _limit(work, timeout if timeout is not None else core.timeout)
     return work
 
@@ -180,7 +180,7 @@ def average_gradients(
     check_common(None, communication_stream, None)
     core = core_of(group) if group is not None else ready_core()
     plan = None if core is not None and core.size == 1 else Plan(gradients, all_reduce_size, communication_type)
-    works = [] if plan is None else [_api._run(group, start, None, None, None) for start in plan.starts()]
+    works = [] if plan is None else [_api._run(group, start, None, None, None, None, None) for start in plan.starts()]
 
     async def collect() -> Any:
         return gradients if plan is None else plan.finish([await work for work in works])

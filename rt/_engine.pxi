@@ -50,7 +50,7 @@ cdef class Engine:
     cdef bint orphan             # in a forked child: nothing here may be believed
     cdef object __weakref__
 
-    def __cinit__(self, *, bint pollable=True, Py_ssize_t segment=65536, uint32_t frame_most=FRAME_MOST):
+    def __cinit__(self, *, bint pollable=True, Py_ssize_t segment=65536, uint32_t frame_most=FRAME_SENT):
         cdef int fds[2]
         memset(&self.core, 0, sizeof(Core))
         self._new_lock()

@@ -35,7 +35,12 @@ class LoopDriver:
         self._engine = engine
         self._scheduled = False
         self._fd = engine.fileno()
-        loop.add_reader(self._fd, self._turn)
+        loop.add_reader(self._fd, self._readable)
+
+    def _readable(self) -> None:
+        # Not while a turn is scheduled: it would schedule a second one, and with every event the loop would do more turns at a time.
+        if not self._scheduled:
+            self.spin()
 
     def _turn(self) -> None:
         self._scheduled = False

@@ -18,7 +18,7 @@ from rt.errors import ConfigError
 from rt.group import CoreGroup
 
 R = TypeVar("R")  # what a call returns: an awaitable of the array, or the array
-Start = Callable[[CoreGroup], Work]
+Start = Callable[[CoreGroup, Any, Any], Work]  # group, x, out
 
 
 class Api(Generic[R]):
@@ -38,7 +38,7 @@ class Api(Generic[R]):
     Calls are matched between ranks in the order in which each rank makes them: call order is wire order.
     """
 
-    def _run(self, group: Any, start: Start, timeout: float | None, stream: Any, key: Any) -> R:
+    def _run(self, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> R:
         raise NotImplementedError
 
     def all_reduce(
@@ -53,25 +53,25 @@ class Api(Generic[R]):
                 wrap; on bool, sum is or, prod is and; half types accumulate in float32 and round once; min and max propagate NaN and
                 order complex numbers lexicographically.
         """
-        return self._run(group, lambda core: collectives.all_reduce(core, x, op, out), timeout, stream, key)
+        return self._run(group, lambda core, x, out: collectives.all_reduce(core, x, op, out), x, out, timeout, stream, key)
 
     def all_sum(
         self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
     ) -> R:
         """Sum x over all ranks: ``all_reduce(x, "sum")``."""
-        return self._run(group, lambda core: collectives.all_reduce(core, x, "sum", out, "all_sum"), timeout, stream, key)
+        return self._run(group, lambda core, x, out: collectives.all_reduce(core, x, "sum", out, "all_sum"), x, out, timeout, stream, key)
 
     def all_max(
         self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
     ) -> R:
         """Elementwise maximum of x over all ranks: ``all_reduce(x, "max")``."""
-        return self._run(group, lambda core: collectives.all_reduce(core, x, "max", out, "all_max"), timeout, stream, key)
+        return self._run(group, lambda core, x, out: collectives.all_reduce(core, x, "max", out, "all_max"), x, out, timeout, stream, key)
 
     def all_min(
         self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
     ) -> R:
         """Elementwise minimum of x over all ranks: ``all_reduce(x, "min")``."""
-        return self._run(group, lambda core: collectives.all_reduce(core, x, "min", out, "all_min"), timeout, stream, key)
+        return self._run(group, lambda core, x, out: collectives.all_reduce(core, x, "min", out, "all_min"), x, out, timeout, stream, key)
 
     def all_gather(
         self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
@@ -80,7 +80,7 @@ class Api(Generic[R]):
 
         ``(d0, ...)`` becomes ``(size * d0, ...)``, ``()`` becomes ``(size,)``.
         """
-        return self._run(group, lambda core: collectives.all_gather(core, x, out), timeout, stream, key)
+        return self._run(group, lambda core, x, out: collectives.all_gather(core, x, out), x, out, timeout, stream, key)
 
     def sum_scatter(
         self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
@@ -91,18 +91,18 @@ class Api(Generic[R]):
         Raises:
             ValueError: x has no axis 0, or its length is not a multiple of the group's size.
         """
-        return self._run(group, lambda core: collectives.sum_scatter(core, x, op, out), timeout, stream, key)
+        return self._run(group, lambda core, x, out: collectives.sum_scatter(core, x, op, out), x, out, timeout, stream, key)
 
     def broadcast(
         self, x: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None,
         timeout: float | None = None, key: Any = None,
     ) -> R:  # fmt: skip
         """Return the root's x on every rank. The others pass an array of the same shape and dtype; only its form counts."""
-        return self._run(group, lambda core: collectives.broadcast(core, x, root, out), timeout, stream, key)
+        return self._run(group, lambda core, x, out: collectives.broadcast(core, x, root, out), x, out, timeout, stream, key)
 
     def barrier(self, *, group: Any = None, stream: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """Return None once every rank has called."""
-        return self._run(group, collectives.barrier, timeout, stream, key)
+        return self._run(group, lambda core, _x, _out: collectives.barrier(core), None, None, timeout, stream, key)
 
     def send(
         self, x: Any, dst: int, *, group: Any = None, stream: Any = None, timeout: float | None = None, key: Any = None, tag: int = 0
@@ -111,14 +111,14 @@ class Api(Generic[R]):
 
         The k-th send to a rank under a tag meets the k-th recv there from this rank under that tag, whatever else is under way.
         """
-        return self._run(group, lambda core: collectives.send(core, x, dst, tag), timeout, stream, key)
+        return self._run(group, lambda core, x, _: collectives.send(core, x, dst, tag), x, None, timeout, stream, key)
 
     def recv(
         self, shape: Any, dtype: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None,
         key: Any = None, tag: int = 0,
     ) -> R:  # fmt: skip
         """Receive an array of ``shape`` and ``dtype`` from rank ``src``; a sender with another shape or dtype is a MismatchError."""
-        return self._run(group, lambda core: collectives.recv(core, shape, dtype, src, out, tag), timeout, stream, key)
+        return self._run(group, lambda core, _, out: collectives.recv(core, shape, dtype, src, out, tag), None, out, timeout, stream, key)
 
     def recv_like(
         self, x: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None,
@@ -126,7 +126,10 @@ class Api(Generic[R]):
     ) -> R:  # fmt: skip
         """Receive an array of x's shape and dtype from rank ``src``."""
         shape, dtype = collectives.like(x)
-        return self._run(group, lambda core: collectives.recv(core, shape, dtype, src, out, tag, "recv_like"), timeout, stream, key)
+        def start(core: CoreGroup, _: Any, out: Any) -> Work:
+            return collectives.recv(core, shape, dtype, src, out, tag, "recv_like")
+
+        return self._run(group, start, None, out, timeout, stream, key)
 
 
 class Group(Generic[R]):

@@ -10,8 +10,10 @@ from rt import algorithms, algorithms_move
 from rt.dtypes import HALF, ITEMSIZE, DType, Op
 from rt.schedule import TEMP, Collective, Schedule, Temp
 
-# Largest number of bytes for which an algorithm is used; first guesses, to be measured on TCP and shared memory. Below, rounds count;
-# above, bytes do. Bytes are those of x for all-reduce and broadcast, of one rank's block for all-gather and reduce-scatter.
+# Largest number of bytes for which an algorithm is used. Below, rounds count; above, bytes do. Bytes are those of x for all-reduce and
+# broadcast, of one rank's block for all-gather and reduce-scatter. Between two ranks measured over TCP on loopback (an exchange moves as
+# many bytes as a ring, in one phase instead of two, but reduces everything twice); the others are first guesses.
+PAIR_DOUBLING_BYTES = 512 * 1024
 DOUBLING_BYTES = 16 * 1024
 OWNER_BYTES = 256 * 1024
 DIRECT_WIDE_BYTES = 4 * 1024
@@ -89,7 +91,7 @@ def _all_reduce(rank: int, size: int, count: int, dtype: DType, op: Op, lanes: i
         if nbytes <= DIRECT_WIDE_BYTES:
             return algorithms.direct_all_reduce(rank, size, count, mean=mean, wide=True)
         return algorithms.owner_all_reduce(rank, size, count, lanes, itemsize, mean=mean, wide=True)
-    if mesh and nbytes <= DOUBLING_BYTES:
+    if mesh and nbytes <= (PAIR_DOUBLING_BYTES if size == 2 else DOUBLING_BYTES):
         return algorithms.doubling_all_reduce(rank, size, count, mean=mean)
     if mesh and size > 2 and nbytes <= OWNER_BYTES:
         return algorithms.owner_all_reduce(rank, size, count, lanes, itemsize, mean=mean)

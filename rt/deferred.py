@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
 
+import numpy as np
+
 from rt import world
 from rt.aio import Work
 from rt.group import CoreGroup
@@ -22,10 +24,13 @@ _starting = threading.RLock()  # who starts calls that waited starts all of them
 
 
 class Deferred:
-    """Stands for a work that is started, in call order, when the group has formed. Awaitable like the work itself."""
+    """Stands for a work that is started, in call order, when the group has formed. Awaitable, and cancelled, like the work itself."""
 
-    def __init__(self, start: Callable[[CoreGroup], Work], formed: concurrent.futures.Future[CoreGroup]) -> None:
+    def __init__(
+        self, start: Callable[[CoreGroup, Any, Any], Work], x: Any, out: Any, formed: concurrent.futures.Future[CoreGroup]
+    ) -> None:
         self._start = start
+        self._x, self._out = x, out
         self.formed = formed
         self._work: Work | None = None
         self._error: BaseException | None = None
@@ -34,13 +39,19 @@ class Deferred:
     def start(self) -> None:
         """Start the work; what it raises is raised by the await."""
         try:
-            self._work = self._start(self.formed.result())
+            self._work = self._start(self.formed.result(), self._x, self._out)
         except Exception as error:
             self._error = error
 
     def __await__(self) -> Generator[Any, None, Any]:
         if self._work is None and self._error is None:
-            yield from wait_until(self.formed).__await__()
+            try:
+                yield from wait_until(self.formed).__await__()
+            except asyncio.CancelledError:
+                # The call still counts; its memory is the caller's again.
+                self._x = self._x.copy() if isinstance(self._x, np.ndarray) else self._x
+                self._out = None
+                raise
             start_waiting()
         if self._error is not None:
             raise self._error

@@ -57,7 +57,7 @@ class Plan:
                 open_buckets[wire] = members, nbytes
         return buckets
 
-    def starts(self) -> Iterator[Callable[[CoreGroup], Work]]:
+    def starts(self) -> Iterator[Callable[[CoreGroup, Any, Any], Work]]:
         """Yield what starts the all-reduce of each bucket, joining it only then: the first travel while the next are copied."""
         for members in self._buckets:
             wire = self._wire or self._leaves[members[0]].dtype
@@ -78,5 +78,5 @@ class Plan:
         return optree.tree_unflatten(self._structure, results)
 
 
-def _mean(joined: np.ndarray[Any, Any], core: CoreGroup) -> Work:
+def _mean(joined: np.ndarray[Any, Any], core: CoreGroup, _x: Any, _out: Any) -> Work:
     return collectives.all_reduce(core, joined, "mean", joined, "average_gradients")

@@ -12,12 +12,11 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from rt import _fastpath, collectives, world
 from rt.aio import Work
-from rt.api import Api, check_common, core_of
+from rt.api import Api, Start, check_common, core_of
 from rt.api import Group as _Group
 from rt.config import is_available
 from rt.deferred import start_waiting
@@ -53,12 +52,12 @@ def _wait(work: Work, timeout: float | None) -> Any:
 
 
 class _Blocking(Api[Any]):
-    def _run(self, group: Any, start: Callable[[CoreGroup], Work], timeout: float | None, stream: Any, key: Any) -> Any:
+    def _run(self, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Any:
         if timeout is not None or stream is not None or key is not None:
             check_common(timeout, stream, key)
         core = core_of(group) if group is not None else _world_core()
         _refuse_inside_loop(core)
-        return _wait(start(core), timeout if timeout is not None else core.timeout)
+        return _wait(start(core, x, out), timeout if timeout is not None else core.timeout)
 
 
 def _refuse_inside_loop(core: CoreGroup) -> None:
@@ -201,5 +200,5 @@ def average_gradients(
         return gradients
     _refuse_inside_loop(core)
     plan = Plan(gradients, all_reduce_size, communication_type)
-    works = [start(core) for start in plan.starts()]
+    works = [start(core, None, None) for start in plan.starts()]
     return plan.finish([_wait(work, core.timeout) for work in works])

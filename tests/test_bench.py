@@ -37,11 +37,11 @@ def cell(*rounds: tuple[float, ...], wrong: int | None = 0) -> all_reduce.Cell:
 
 
 def made_up(wrong: int = 0, peers: tuple[str, ...] = ("gloo",)) -> all_reduce.Result:
-    """A result whose numbers are known: 1 MiB in 1 ms out of place and 0.5 ms in place, gloo in 3 ms."""
+    """A result whose numbers are known: 1 MiB in 1 ms out of place and 0.5 ms in place, gloo in 3 and 2 ms."""
     size = 1 << 20
     options = all_reduce.Options(4, size, size, 2, None, 5, ("sync",), peers, True)
     ours = all_reduce.Row(size, cell((1e-3, 1e-3), (1e-3,), wrong=wrong), cell((5e-4,), (5e-4,)))
-    theirs = all_reduce.Row(size, None, cell((3e-3,), (3e-3,)))
+    theirs = all_reduce.Row(size, cell((3e-3,), (3e-3,)), cell((2e-3,), (2e-3,)))
     rows = {"rt sync": [ours], **{peer: [theirs] for peer in peers}}
     return all_reduce.Result(options, rows, {name: [1, 2, 3, 4] for name in rows}, {name: {} for name in rows}, dict.fromkeys(rows, 0.0))
 
@@ -199,9 +199,10 @@ def test_peers_are_measured_beside_us_and_return_right_sums() -> None:
     options = all_reduce.Options(2, 64, 64, 2, 5, 1, ("sync",), ("gloo", "mlx"), True)
     result = all_reduce.run(options)
     assert result.wrong == 0
-    assert result.rows["gloo"][0].out_of_place is None
     assert result.rows["mlx"][0].in_place is None
-    assert set(report.as_json(result)["comparison"][0]["ratio"]) == {"gloo", "mlx"}
+    (compared,) = report.as_json(result)["comparison"]
+    assert set(compared["out_of_place"]["ratio"]) == {"gloo", "mlx"}
+    assert set(compared["in_place"]["ratio"]) == {"gloo"}
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------------------------
@@ -274,9 +275,11 @@ def test_what_a_system_cannot_do_is_not_a_number() -> None:
 
 def test_comparison_shows_medians_and_ratios() -> None:
     lines = report.comparison(made_up())
-    titles, row = lines[-2], lines[-1]
-    assert re.split(r"\s{2,}", titles) == ["#", "size (B)", "rt sync (us)", "gloo (us)", "gloo/sync"]
-    assert [float(word) for word in row.split()] == [1048576, 1000.0, 3000.0, 3.0]
+    for heading, numbers in (("# Out of place", [1048576, 1000.0, 3000.0, 3.0]), ("# In place", [1048576, 500.0, 2000.0, 4.0])):
+        start = next(index for index, line in enumerate(lines) if line.startswith(heading))
+        titles, row = [line for line in lines[start:] if not line.startswith("# gloo")][1:3]
+        assert re.split(r"\s{2,}", titles) == ["#", "size (B)", "rt sync (us)", "gloo (us)", "gloo/sync"]
+        assert [float(word) for word in row.split()] == numbers
     assert any("gloo reduces in place only" in line for line in lines)
 
 
@@ -297,7 +300,8 @@ def test_json_mirrors_the_table() -> None:
     assert row["out_of_place"]["time"] == pytest.approx(1000.0)
     assert row["out_of_place"]["nwrong"] == 3
     assert row["in_place"]["alg_bw"] == pytest.approx(2.097152)
-    assert found["comparison"][0]["ratio"] == {"gloo": {"rt sync": pytest.approx(3.0)}}
+    assert found["comparison"][0]["out_of_place"]["ratio"] == {"gloo": {"rt sync": pytest.approx(3.0)}}
+    assert found["comparison"][0]["in_place"]["ratio"] == {"gloo": {"rt sync": pytest.approx(4.0)}}
 
 
 # --- command line -----------------------------------------------------------------------------------------------------------------------
@@ -408,10 +412,10 @@ def test_idle_covers_every_scene_in_both_front_ends() -> None:
 
 def test_loop_lag_covers_every_scene_on_every_loop() -> None:
     rows = loop_lag.run(2, 1 << 16, small_seconds=0.1)
-    assert [row["scene"] for row in rows] == ["baseline", "large", "small"] * len(loop_lag.loops())
+    assert [row["scene"] for row in rows] == ["baseline", "busy", "large", "small"] * len(loop_lag.loops())
     assert all(row["calls"] > 1 and row["fired"] > 0 for row in rows if row["scene"] == "small")
     assert "asyncio" in {row["loop"] for row in rows}
-    assert [row["calls"] for row in rows if row["scene"] == "large"] == [1] * len(loop_lag.loops())
+    assert all(row["calls"] >= 1 for row in rows if row["scene"] == "large")
     assert loop_lag.text(rows).count("\n  ") == len(rows)
 
 

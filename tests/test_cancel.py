@@ -85,6 +85,9 @@ async def as_coroutine(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
+CANCELLED = 0.3  # of the awaits; two of three end before they are
+
+
 async def long_run(rt: Any, group: Any, ctl: ranks.Ctl, steps: int, seed: int) -> tuple[int, int]:
     """Some calls in flight at any time; returns how many were right and how many were cancelled."""
     common, dice = random.Random(seed), random.Random(f"{seed} {group.rank()}")
@@ -99,7 +102,7 @@ async def long_run(rt: Any, group: Any, ctl: ranks.Ctl, steps: int, seed: int) -
         works = [step.start(rt) for step in batch]
         for step, work in zip(batch, works, strict=True):
             try:
-                result = await (cancelled_at_some_time(work, dice) if dice.random() < 0.1 else work)
+                result = await (cancelled_at_some_time(work, dice) if dice.random() < CANCELLED else work)
             except (asyncio.CancelledError, TimeoutError):
                 step.spoil()
                 spoilt.append(step)

@@ -20,8 +20,8 @@ from rt.schedule import Collective, Kind
 KIB = 1024
 CHOICES = [
     # kind, size, bytes, dtype, op, mesh -> name, wide
-    (Collective.ALL_REDUCE, 2, 16 * KIB, DType.FLOAT32, Op.MEAN, True, "doubling", False),
-    (Collective.ALL_REDUCE, 2, 16 * KIB + 4, DType.FLOAT32, Op.SUM, True, "ring", False),
+    (Collective.ALL_REDUCE, 2, 512 * KIB, DType.FLOAT32, Op.MEAN, True, "doubling", False),
+    (Collective.ALL_REDUCE, 2, 512 * KIB + 4, DType.FLOAT32, Op.SUM, True, "ring", False),
     (Collective.ALL_REDUCE, 2, 4 * KIB, DType.FLOAT16, Op.SUM, True, "doubling", False),
     (Collective.ALL_REDUCE, 2, 4 * KIB, DType.FLOAT16, Op.MEAN, True, "direct", True),
     (Collective.ALL_REDUCE, 4, 16 * KIB, DType.INT64, Op.SUM, True, "doubling", False),

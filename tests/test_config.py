@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rt.config import RingConfig, available, choose_backend, configure_logging, resolve_ring
+from rt.config import RingConfig, choose_backend, configure_logging, is_available, resolve_ring
 from rt.errors import ConfigError
 
 SECRET = {"RT_SECRET": "sixteen characters"}
