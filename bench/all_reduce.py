@@ -26,7 +26,7 @@ from bench.conductor import WORKER, System, running
 ITEM_BYTES = 4  # float32, the one dtype that all systems reduce at full speed
 ROUNDS = 5
 _SIZE_SECONDS = 0.4
-_MIN_SAMPLES = ROUNDS
+_MIN_SAMPLES = 3 * ROUNDS
 _MAX_SAMPLES = 20_000
 _PROBES = 3
 # system -> (what meets, worker's adapter, reduces out of place, reduces in place)

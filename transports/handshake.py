@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import hashlib
 import hmac
 import logging
@@ -291,7 +292,12 @@ class Acceptor:
                 oldest.cancel()
             task = asyncio.create_task(self._handshake(sock, show(address)))
             self._strangers[task] = None
-            task.add_done_callback(lambda done: self._strangers.pop(done, None))
+            task.add_done_callback(functools.partial(self._ended, sock, show(address)))
+
+    def _ended(self, sock: socket.socket, address: str, task: asyncio.Task[None]) -> None:
+        self._strangers.pop(task, None)
+        if task.cancelled():  # maybe before its first step, so it could not do this itself
+            self._drop(sock, address, "too many unfinished handshakes, or the rendezvous is over")
 
     async def _handshake(self, sock: socket.socket, address: str) -> None:
         try:
@@ -301,9 +307,6 @@ class Acceptor:
             self._drop(sock, address, f"no complete handshake within {HANDSHAKE_SECONDS:g} s")
         except (Refused, OSError) as error:
             self._drop(sock, address, str(error))
-        except asyncio.CancelledError:
-            self._drop(sock, address, "too many unfinished handshakes, or the rendezvous is over")
-            raise
         else:
             self._deliver(hello, sock)
 
