@@ -420,7 +420,7 @@ def test_loop_lag_covers_every_scene_on_every_loop() -> None:
 
 
 def test_reduction_too_short_for_the_timer_has_no_lateness() -> None:
-    row = {"loop": "asyncio", "scene": "large", "bytes": 1 << 20, "seconds": 0.0, **probe.summary([]), "took": 1e-4}
+    row = {"loop": "asyncio", "scene": "large", "bytes": 1 << 20, "seconds": 0.0, **probe.summary([]), "calls": 1, "took": 1e-4}
     assert loop_lag.text([row]).splitlines()[-1].split()[-4:] == ["0", "-", "-", "-"]
 
 
