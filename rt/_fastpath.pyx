@@ -7,6 +7,7 @@
 #   _receive.pxi   incoming frames: where they land
 #   _send.pxi      outgoing frames: which goes next
 #   _works.pxi     channels, works and the rules by which progress is made
+#   _deadlock.pxi  blocked ranks that wait for each other in different calls
 #   _submit.pxi    how a work begins
 #   _engine.pxi    the Engine: what Python sees of all this
 #   _work.pxi      the Python face of a work: what can be awaited
