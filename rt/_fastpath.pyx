@@ -114,7 +114,7 @@ cdef enum:
     SIGNATURE_BYTES = 64
     FRAME_MOST = 262144      # payload of one frame: fits the second-level cache together with what it is reduced into
     # Sent in one frame: with its header just under four segments of the loopback interface (65483 bytes). A frame a little larger ends
-    # in a segment of a few bytes that costs as much as a full one: 64 MiB between two ranks took 31.6 ms instead of 27.3.
+    # in a segment of a few bytes that costs as much as a full one: 64 MiB between two ranks took 31.6 ms instead of 27.7.
     FRAME_SENT = 261904
     STAGE_BYTES = 4096       # read ahead of the current payload: small frames cost one system call, large ones a copy of 1.6 %
     EAGER_MOST = 65536 + 96  # bytes per channel and link that may be sent before the peer's OPEN: 64 KiB, its header and an OPEN
