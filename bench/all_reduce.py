@@ -35,6 +35,8 @@ _KINDS = {
     "rt async": ("rt", "rt-async", True, True),
     "gloo": ("gloo", "gloo", True, True),
     "mlx": ("mlx", "mlx", True, False),
+    "nospin": ("rt", "rt-nospin", True, True),
+    "tcp": ("tcp", "tcp", True, False),
 }
 
 
@@ -131,7 +133,7 @@ class Lane:
         self._system = system
         self._command = {"do": "all_reduce", "bytes": nbytes, "in_place": in_place, "check": options.check}
         self._rounds: list[tuple[float, ...]] = []
-        self._wrong = 0
+        self._wrong: int | None = 0  # None: nobody looked
         self._options = options
         self._plan: list[int] = []
 
@@ -147,11 +149,12 @@ class Lane:
 
     def cell(self) -> Cell:
         """Return what was measured."""
-        return Cell(tuple(self._rounds), self._wrong if self._options.check else None)
+        return Cell(tuple(self._rounds), self._wrong)
 
     def _run(self, warmup: int, samples: int) -> tuple[float, ...]:
         answers = self._system.ask({**self._command, "warmup": warmup, "samples": samples})
-        self._wrong += sum(answer["wrong"] or 0 for answer in answers)
+        for answer in answers:
+            self._wrong = None if self._wrong is None or answer["wrong"] is None else self._wrong + answer["wrong"]
         return slowest([answer["ns"] for answer in answers])
 
 

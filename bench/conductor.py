@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("gloo", "mlx")
+PEERS = ("gloo", "mlx", "nospin", "tcp")  # the last two are no systems but what ours are held against
 WORKER = (str(ROOT / "bench" / "worker.py"),)  # by its path: peers' interpreters know no package of ours
 PROBE = ("-m", "bench.probe")
 _LOOPBACK = "127.0.0.1"
@@ -51,14 +51,14 @@ class Meeting:
         environ: what every rank's environment gets besides ``ranks``.
         ranks: per rank, what only its environment gets.
         reserved: sockets that keep the ports ours until the group stands.
-        inherited: descriptors that rank 0 inherits.
+        inherited: per rank, the descriptors it inherits; empty: nobody inherits any.
     """
 
     python: str
     environ: dict[str, str]
     ranks: list[dict[str, str]]
     reserved: list[socket.socket] = field(default_factory=list)
-    inherited: tuple[int, ...] = ()
+    inherited: list[tuple[int, ...]] = field(default_factory=list)
 
 
 def peers_python() -> str:
@@ -74,8 +74,8 @@ def peers_python() -> str:
 
 
 def meet(system: str, size: int, folder: Path) -> Meeting:
-    """Prepare the meeting of ``size`` ranks of ``system`` (``rt``, ``gloo`` or ``mlx``) over TCP loopback."""
-    return {"rt": _meet_rt, "gloo": _meet_gloo, "mlx": _meet_mlx}[system](size, folder)
+    """Prepare the meeting of ``size`` ranks of ``system`` (``rt``, ``gloo``, ``mlx`` or ``tcp``) over TCP loopback."""
+    return {"rt": _meet_rt, "gloo": _meet_gloo, "mlx": _meet_mlx, "tcp": _meet_tcp}[system](size, folder)
 
 
 def _meet_rt(size: int, folder: Path) -> Meeting:
@@ -84,7 +84,7 @@ def _meet_rt(size: int, folder: Path) -> Meeting:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     ranks = [{"RT_RANK": str(rank), "RT_WORLD_SIZE": str(size), "RT_COORDINATOR": f"{_LOOPBACK}:{port}"} for rank in range(size)]
     ranks[0]["RT_COORDINATOR_FD"] = str(listener.fileno())
-    return Meeting(sys.executable, {"PYTHONPATH": path}, ranks, [listener], (listener.fileno(),))
+    return Meeting(sys.executable, {"PYTHONPATH": path}, ranks, [listener], [(listener.fileno(),), *[()] * (size - 1)])
 
 
 def _meet_gloo(size: int, folder: Path) -> Meeting:
@@ -104,6 +104,18 @@ def _meet_mlx(size: int, folder: Path) -> Meeting:
     hostfile = folder / "hosts.json"
     hostfile.write_text(json.dumps([[f"{_LOOPBACK}:{sock.getsockname()[1]}"] for sock in reserved]), encoding="utf-8")
     return Meeting(peers_python(), {"MLX_HOSTFILE": str(hostfile)}, [{"MLX_RANK": str(rank)} for rank in range(size)], reserved)
+
+
+def _meet_tcp(size: int, folder: Path) -> Meeting:
+    right, left = [], []  # of each rank; the connection from rank r to its right is the left one of rank r + 1
+    with socket.create_server((_LOOPBACK, 0), backlog=size) as listener:
+        for _ in range(size):
+            right.append(socket.create_connection(listener.getsockname()))
+            left.append(listener.accept()[0])
+    left = left[-1:] + left[:-1]
+    ends = [(mine.fileno(), other.fileno()) for mine, other in zip(right, left, strict=True)]
+    ranks = [{"BENCH_RIGHT": str(mine), "BENCH_LEFT": str(other)} for mine, other in ends]
+    return Meeting(sys.executable, {}, ranks, right + left, list(ends))
 
 
 def _own_environment() -> dict[str, str]:
@@ -157,7 +169,7 @@ class System:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            pass_fds=self._meeting.inherited if rank == 0 else (),
+            pass_fds=self._meeting.inherited[rank] if self._meeting.inherited else (),
             start_new_session=True,  # Ctrl-C is the conductor's to handle; a worker would answer it with a traceback
         )
 

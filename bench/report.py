@@ -136,6 +136,10 @@ def _ratios(result: Result, peers: list[str], in_place: bool) -> list[str]:
         lines.append("# gloo reduces in place only: out of place it copies first, as its users do.")
     if not in_place and "mlx" in peers:
         lines.append("# mlx returns an array of its own, from its cache of buffers; building the expression is part of the call.")
+    if "nospin" in peers:
+        lines.append("# nospin is the blocking front end of rt that sleeps at once instead of polling briefly.")
+    if "tcp" in peers:
+        lines.append("# tcp is no system: the bytes of an all-reduce passed round a ring by send and recv alone, nothing reduced.")
     lines.append(f"# {'size (B)':>10}" + "".join(f"  {title:>13}" for title in titles))
     for index, nbytes in enumerate(options.sizes):
         cells = {name: cell for name in systems if (cell := result.rows[name][index].cell(in_place)) is not None}

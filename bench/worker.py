@@ -18,9 +18,12 @@ threads (tried: with another job on a 2-core host, gloo's 2 KiB took 3.5 ms afte
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
+import select
+import socket
 import sys
 import time
 import traceback
@@ -40,6 +43,8 @@ _PERIOD = 1021  # prime, so a chunk or segment that lands in the wrong place doe
 
 class Adapter:
     """A system under test. ``bind`` gives one call of the collective, ready to be timed; the loop round it is the same for all."""
+
+    reduces = True  # else there is no result to check
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -94,6 +99,16 @@ class RtSync(Adapter):
         import rt.sync
 
         return lambda: rt.sync.all_reduce(x, "sum", out=out)
+
+
+class RtNoSpin(RtSync):
+    """The blocking front end without its brief polling before it sleeps: what is left to an event loop, which must not poll either."""
+
+    def setup(self) -> dict[str, str]:
+        import rt.world
+
+        rt.world.SPIN_SECONDS = 0.0
+        return super().setup()
 
 
 class RtAsync(Adapter):
@@ -208,7 +223,67 @@ class Mlx(Adapter):
         return np.asarray(self._result)
 
 
-ADAPTERS: dict[str, type[Adapter]] = {"rt-sync": RtSync, "rt-async": RtAsync, "gloo": Gloo, "mlx": Mlx}
+class Tcp(Adapter):
+    """No system at all: the ranks pass round a ring, through the kernel's TCP, the bytes that an all-reduce must move; nothing is reduced.
+
+    What is faster than this at large sizes saves copies by not sending; what is slower pays for more than its bytes.
+    """
+
+    reduces = False
+    _MOST_BYTES = 1 << 18  # of one system call: the best out of 64 KiB, 256 KiB and 1 MiB
+
+    def setup(self) -> dict[str, str]:
+        self._right = socket.socket(fileno=int(os.environ["BENCH_RIGHT"]))
+        self._left = socket.socket(fileno=int(os.environ["BENCH_LEFT"]))
+        self._right.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for sock in (self._right, self._left):
+            sock.setblocking(False)
+        return {"sends": f"{self._MOST_BYTES} B at a time"}
+
+    def barrier(self) -> Any:
+        for _ in range(2):  # once round says that the last has come, once more tells the others
+            self._pass_on(memoryview(bytes(1)), memoryview(bytearray(1)), 1)
+
+    def bind(self, x: Floats, out: Floats) -> Callable[[], Any]:
+        source, target = x.data.cast("B"), out.data.cast("B")
+        share = 2 * (self.size - 1) * source.nbytes // self.size
+        return lambda: self._pass_on(source, target, share)
+
+    def _pass_on(self, source: memoryview, target: memoryview, nbytes: int) -> None:
+        """Send ``nbytes`` of source, over and over if it is shorter, and receive as many into target."""
+        sent = received = 0
+        poll = select.poll()
+        while sent < nbytes or received < nbytes:
+            moved = 0
+            with contextlib.suppress(BlockingIOError):
+                if sent < nbytes:
+                    moved += self._right.send(self._piece(source, sent, nbytes))
+                    sent += moved
+            with contextlib.suppress(BlockingIOError):
+                if received < nbytes:
+                    got = self._left.recv_into(self._piece(target, received, nbytes))
+                    if not got:
+                        raise ConnectionError("the left neighbour has gone")
+                    received += got
+                    moved += got
+            if not moved:
+                poll.register(self._right, select.POLLOUT if sent < nbytes else 0)
+                poll.register(self._left, select.POLLIN if received < nbytes else 0)
+                poll.poll()
+
+    def _piece(self, memory: memoryview, start: int, end: int) -> memoryview:
+        at = start % memory.nbytes
+        return memory[at : min(at + self._MOST_BYTES, at + end - start, memory.nbytes)]
+
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "rt-sync": RtSync,
+    "rt-nospin": RtNoSpin,
+    "rt-async": RtAsync,
+    "gloo": Gloo,
+    "mlx": Mlx,
+    "tcp": Tcp,
+}
 
 
 def loop_factory(loop: str) -> tuple[Callable[[], asyncio.AbstractEventLoop], str]:
@@ -250,7 +325,7 @@ def measure(adapter: Adapter, command: Answer) -> Answer:
             out.fill(0)  # what an earlier call left there must not pass the check of the last one
 
     spent = adapter.samples(call, prepare, command["warmup"] + command["samples"])
-    wrong = count_wrong(adapter.result(out), adapter.size) if command["check"] else None
+    wrong = count_wrong(adapter.result(out), adapter.size) if command["check"] and adapter.reduces else None
     return {"ns": spent[command["warmup"] :], "wrong": wrong}
 
 

@@ -14,6 +14,7 @@ import asyncio
 import gc
 import importlib
 import importlib.util
+import math
 import os
 import secrets
 import signal
@@ -373,7 +374,9 @@ def _loop(body: Callable[..., Any], ctl: Ctl, args: tuple[Any, ...], init: bool,
         loop.default_exception_handler(context)
 
     async def main() -> Any:
-        asyncio.get_running_loop().set_exception_handler(on_exception)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(on_exception)
+        loop.slow_callback_duration = math.inf  # a loop in debug mode reports what a busy host delayed
         value = await body(rt, await rt.init() if init else None, ctl, *args)
         gc.collect()  # a task whose exception nobody fetched says so when it goes
         return value

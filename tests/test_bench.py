@@ -10,6 +10,8 @@ import asyncio
 import json
 import os
 import re
+import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +205,43 @@ def test_peers_are_measured_beside_us_and_return_right_sums() -> None:
     (compared,) = report.as_json(result)["comparison"]
     assert set(compared["out_of_place"]["ratio"]) == {"gloo", "mlx"}
     assert set(compared["in_place"]["ratio"]) == {"gloo"}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_ours_are_held_against_needs_no_peers(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RT_PEERS_PYTHON", "/nowhere/python")
+    result = all_reduce.run(all_reduce.Options(size, 4, 1 << 20, 1 << 9, 5, 1, ("sync",), ("nospin", "tcp"), True))
+    assert result.wrong == 0
+    assert [row.in_place for row in result.rows["tcp"]] == [None, None, None]
+    for row in report.as_json(result)["comparison"]:
+        assert set(row["out_of_place"]["ratio"]) == {"nospin", "tcp"}
+        assert row["out_of_place"]["nwrong"] == {"rt sync": 0, "nospin": 0, "tcp": None}
+
+
+@pytest.mark.parametrize(("size", "share"), [(2, 300_000), (3, 400_000)])
+def test_the_bare_exchange_moves_the_bytes_of_an_all_reduce(size: int, share: int) -> None:
+    ends = socket.socketpair(), socket.socketpair()
+    lane = worker.Tcp(0, size)
+    lane._right, lane._left = ends[0][0], ends[1][0]
+    source, target = np.arange(75_000, dtype=np.float32), np.zeros(75_000, np.float32)
+    arrived = bytearray()
+
+    def neighbours() -> None:
+        ends[1][1].sendall((source.tobytes() * 2)[:share])
+        while len(arrived) < share:
+            arrived.extend(ends[0][1].recv(1 << 16))
+
+    for end in (lane._right, lane._left):
+        end.setblocking(False)
+    thread = threading.Thread(target=neighbours)
+    thread.start()
+    lane.bind(source, target)()
+    thread.join()
+    assert arrived == (source.tobytes() * 2)[:share]
+    assert np.array_equal(target, source)
+    for pair in ends:
+        for end in pair:
+            end.close()
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def kill_in_all_reduce(front: str, victim: int, *, size: int = 3, forked: bool =
             assert outcome.error is None and outcome.returncode == 0, "\n".join(map(str, outcomes))
             since, within = (0.0, AT_ONCE) if outcome.rank == absent else (killed, DEATH_SECONDS)
             check(outcome.value, "PeerLostError", victim, since, within)
-            assert [line for line in outcome.stderr.splitlines() if not line.startswith("Executing <")] == []  # a debug loop counts time
+            assert outcome.stderr == ""
 
 
 @pytest.mark.parametrize("front", ranks.FRONTS)
