@@ -20,10 +20,24 @@ from rt.api import Api, Start, check_common, core_of
 from rt.api import Group as _Group
 from rt.config import is_available
 from rt.deferred import start_waiting
+from rt.errors import (
+    CollectiveTimeoutError,
+    ConfigError,
+    GroupAbortedError,
+    GroupBrokenError,
+    GroupClosedError,
+    MismatchError,
+    PeerLostError,
+    ProtocolError,
+    RendezvousError,
+    RTError,
+)
 from rt.gradients import BUCKET_BYTES, Plan
 from rt.group import CoreGroup
 
 __all__ = [
+    "CollectiveTimeoutError", "ConfigError", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError", "PeerLostError",
+    "ProtocolError", "RTError", "RendezvousError",
     "Group", "abort", "all_gather", "all_max", "all_min", "all_reduce", "all_sum", "average_gradients", "barrier", "broadcast", "close",
     "init", "is_available", "rank", "recv", "recv_like", "send", "size", "sum_scatter",
 ]  # fmt: skip

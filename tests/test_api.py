@@ -63,7 +63,9 @@ def test_both_groups_have_the_same_methods() -> None:
 
 def test_what_is_exported() -> None:
     errors = {name for name in rt.__all__ if name.endswith("Error")}
-    assert set(rt.__all__) - errors - {"Work"} == set(rt.sync.__all__) == {*CALLS, "Group"}
+    assert set(rt.__all__) - {"Work"} == set(rt.sync.__all__) == {*CALLS, *errors, "Group"}
+    assert errors == {name for name in vars(rt.errors) if name.endswith("Error")}
+    assert all(getattr(rt, name) is getattr(rt.sync, name) for name in errors)
     assert all(hasattr(rt, name) for name in rt.__all__) and all(hasattr(rt.sync, name) for name in rt.sync.__all__)
 
 
