@@ -38,6 +38,7 @@ from rt.errors import (
 )
 from rt.gradients import BUCKET_BYTES, Plan
 from rt.group import CoreGroup
+from rt.runner import run
 
 if os.path.exists(os.path.join(os.path.dirname(__file__), "rest1.py")):  # a file of theirs; asking importlib.metadata costs 20 ms
     warnings.warn(
@@ -49,9 +50,9 @@ if os.path.exists(os.path.join(os.path.dirname(__file__), "rest1.py")):  # a fil
 
 __all__ = [
     "CollectiveTimeoutError", "ConfigError", "Group", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError",
-    "PeerLostError", "ProtocolError", "RTError", "RendezvousError", "Work", "abort", "all_gather", "all_max", "all_min", "all_reduce",
-    "all_sum", "average_gradients", "barrier", "broadcast", "close", "init", "is_available", "rank", "recv", "recv_like", "send", "size",
-    "sum_scatter",
+    "PeerLostError", "ProtocolError", "RTError", "RendezvousError", "Work", "abort", "all_gather", "all_gather_objects", "all_max",
+    "all_min", "all_reduce", "all_sum", "average_gradients", "barrier", "broadcast", "broadcast_object", "close", "gather_objects", "init",
+    "is_available", "rank", "recv", "recv_like", "recv_object", "run", "send", "send_object", "size", "sum_scatter",
 ]  # fmt: skip
 
 
@@ -116,6 +117,11 @@ barrier = _api.barrier
 send = _api.send
 recv = _api.recv
 recv_like = _api.recv_like
+send_object = _api.send_object
+recv_object = _api.recv_object
+broadcast_object = _api.broadcast_object
+gather_objects = _api.gather_objects
+all_gather_objects = _api.all_gather_objects
 
 
 async def init(

@@ -56,6 +56,10 @@ cdef class Work:
         if self.waiters is not None and waiter in self.waiters:
             self.waiters.remove(waiter)
 
+    def pending(self):
+        """The work in flight on which this one waits: itself, but for works that are made of works."""
+        return self
+
     def fail(self, error):
         """End a work that was never submitted."""
         self.error = error
@@ -191,6 +195,7 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
     cdef double until, now, signals = rt_now() + 0.05
     cdef int status, slept
     cdef double rest
+    cdef Work blocking
     if not handle.add_waiter(sleeper):
         return True
     rt_wake_drain(sleeper.fds[0])
@@ -218,9 +223,10 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
                 PyErr_CheckSignals()
             elif slept == 0 and alone:
                 alone = False                   # said once
+                blocking = handle.pending()
                 engine.lock()
-                if handle.work != NULL:
-                    say_waiting(&engine.core, handle.work)
+                if blocking.work != NULL:
+                    say_waiting(&engine.core, blocking.work)
                 engine.unlock()
         return True
     finally:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from rt import collectives
+from rt import collectives, objects
 from rt.aio import Work
 from rt.errors import ConfigError
 from rt.group import CoreGroup
@@ -131,6 +131,43 @@ class Api(Generic[R]):
 
         return self._run(group, start, None, out, timeout, stream, key)
 
+    # Objects. Receiving one unpickles it, and a pickle makes its receiver run what its sender chose: every call here trusts all ranks of
+    # the group. Where nothing proves who they are (RT_INSECURE=1) the calls are refused, unless RT_INSECURE_OBJECTS=1.
+
+    def send_object(self, obj: Any, dst: int, *, group: Any = None, timeout: float | None = None, tag: int = 0) -> R:
+        """Send a Python object of any size to rank ``dst``; returns it when its memory is free.
+
+        It is pickled here (protocol 5): an object that cannot be raises here what pickle raises, and nothing is sent. Buffers of 64 KiB
+        and more that it gives out of band, as NumPy arrays do, are sent from where they lie: leave them alone until this returns.
+
+        Meets ``recv_object`` there, in the order of ``send`` and ``recv`` under the same tag. **The receiver runs code that the sender
+        chooses**: pickles are for ranks that trust each other. Without a secret (RT_INSECURE=1) it is a ConfigError, unless
+        RT_INSECURE_OBJECTS=1 is set on all ranks.
+        """
+        return self._run(group, lambda core, x, _: objects.send_object(core, x, dst, tag), obj, None, timeout, None, None)
+
+    def recv_object(self, src: int, *, group: Any = None, timeout: float | None = None, tag: int = 0) -> R:
+        """Receive the object that rank ``src`` sends by ``send_object``. **This runs code that the sender chooses**; see there.
+
+        Large arrays in it keep the memory into which they were received. What unpickling raises, this raises, and the group goes on.
+        """
+        return self._run(group, lambda core, _x, _: objects.recv_object(core, src, tag), None, None, timeout, None, None)
+
+    def broadcast_object(self, obj: Any, root: int = 0, *, group: Any = None, timeout: float | None = None) -> R:
+        """Return the root's object on every rank; what the others pass does not matter. See ``send_object``, also about trust.
+
+        Waiting for it may last for ever and costs nothing. Pickles of less than 4 KiB take one collective, others two rounds.
+        """
+        return self._run(group, lambda core, x, _: objects.broadcast_object(core, x, root), obj, None, timeout, None, None)
+
+    def gather_objects(self, obj: Any, root: int = 0, *, group: Any = None, timeout: float | None = None) -> R:
+        """Return the list of the ranks' objects, in rank order, on the root, and None elsewhere. See ``send_object``, also about trust."""
+        return self._run(group, lambda core, x, _: objects.gather_objects(core, x, root), obj, None, timeout, None, None)
+
+    def all_gather_objects(self, obj: Any, *, group: Any = None, timeout: float | None = None) -> R:
+        """Return the list of the ranks' objects, in rank order; this rank's own is ``obj``. See ``send_object``, also about trust."""
+        return self._run(group, lambda core, x, _: objects.all_gather_objects(core, x), obj, None, timeout, None, None)
+
 
 class Group(Generic[R]):
     """Some ranks, in an order. Made by ``init()`` and ``split()``; every collective is also a method of it.
@@ -216,6 +253,26 @@ class Group(Generic[R]):
     ) -> R:
         """As ``rt.recv_like`` on this group."""
         return self._api.recv_like(x, src, group=self, stream=stream, out=out, timeout=timeout, key=key, tag=tag)
+
+    def send_object(self, obj: Any, dst: int, *, timeout: float | None = None, tag: int = 0) -> R:
+        """As ``rt.send_object`` on this group."""
+        return self._api.send_object(obj, dst, group=self, timeout=timeout, tag=tag)
+
+    def recv_object(self, src: int, *, timeout: float | None = None, tag: int = 0) -> R:
+        """As ``rt.recv_object`` on this group."""
+        return self._api.recv_object(src, group=self, timeout=timeout, tag=tag)
+
+    def broadcast_object(self, obj: Any, root: int = 0, *, timeout: float | None = None) -> R:
+        """As ``rt.broadcast_object`` on this group."""
+        return self._api.broadcast_object(obj, root, group=self, timeout=timeout)
+
+    def gather_objects(self, obj: Any, root: int = 0, *, timeout: float | None = None) -> R:
+        """As ``rt.gather_objects`` on this group."""
+        return self._api.gather_objects(obj, root, group=self, timeout=timeout)
+
+    def all_gather_objects(self, obj: Any, *, timeout: float | None = None) -> R:
+        """As ``rt.all_gather_objects`` on this group."""
+        return self._api.all_gather_objects(obj, group=self, timeout=timeout)
 
 
 def core_of(group: Any) -> CoreGroup:

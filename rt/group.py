@@ -21,11 +21,13 @@ from rt.errors import GroupBrokenError, GroupClosedError, RTError
 from rt.schedule import Collective
 
 if TYPE_CHECKING:
+    from rt.objects import Order
     from rt.world import World
 
 _SIGNATURE = struct.Struct("=IBBBBQiIQQ3Q")
 _PLANS_MOST = 4096
 _PLAIN_DIMS = 3
+_OF_OBJECTS = 0x40  # in the kind of a signature: the call moves objects
 _RECENT = 64  # calls that can still be named when a peer turns out to have called something else
 
 
@@ -40,6 +42,7 @@ class Call(NamedTuple):
         root: rank in the group; for send and recv the peer.
         tag: of send and recv.
         alias: where input and output start in shared memory, None out of place.
+        part: of a call that moves objects ("" of others): its header, or the name of the channel its body takes.
     """
 
     kind: Collective
@@ -50,6 +53,7 @@ class Call(NamedTuple):
     root: int = -1
     tag: int = 0
     alias: tuple[int, int] | None = None
+    part: str = ""
 
 
 class _Ready(NamedTuple):
@@ -87,6 +91,7 @@ class CoreGroup:
         self.engine = world.engine if world is not None and self.size > 1 else None
         self.failure: Callable[[_fastpath.Work], RTError] | None = None
         self.splits = 0
+        self.object_orders: dict[tuple[Any, ...], Order] = {}
         self._plans: dict[Call, _Ready] = {}
         self._recent: list[tuple[int, bytes]] = [(-1, b"")] * _RECENT
         if self.engine is not None and world is not None:
@@ -146,7 +151,7 @@ class CoreGroup:
     def _signature(self, call: Call, nbytes: int, algorithm: str) -> bytes:
         """What the peers compare. Send and recv have one signature: which of them is which follows from the channel."""
         p2p = call.kind in (Collective.SEND, Collective.RECV)
-        kind = Collective.SEND if p2p else call.kind
+        kind = (Collective.SEND if p2p else call.kind) | (_OF_OBJECTS if call.part else 0)
         shape = call.shape
         dims = (*shape, 0, 0, 0)[:_PLAIN_DIMS]
         if len(shape) > _PLAIN_DIMS:
@@ -158,11 +163,12 @@ class CoreGroup:
         return _SIGNATURE.pack(0, kind, call.dtype, call.op, len(shape), nbytes, root, self.size, fingerprint, tag, *dims)
 
     def _channel(self, call: Call) -> int:
+        apart = () if call.part in ("", "header") else (call.part,)
         if call.kind is Collective.SEND:
-            return hash64(self.identity, "p2p", self.rank, call.root, call.tag)
+            return hash64(self.identity, "p2p", self.rank, call.root, call.tag, *apart)
         if call.kind is Collective.RECV:
-            return hash64(self.identity, "p2p", call.root, self.rank, call.tag)
-        return self.identity
+            return hash64(self.identity, "p2p", call.root, self.rank, call.tag, *apart)
+        return hash64(self.identity, *apart) if apart else self.identity
 
     # -- driving
 
@@ -208,7 +214,10 @@ class CoreGroup:
 def explain_signature(signature: bytes, role: int | None = None) -> str:
     """Return in words what a signature says: ``all_reduce #3 sum float32 (2, 2)``; ``role`` tells a send (0) from a recv (1)."""
     sequence, kind, dtype, op, ndim, nbytes, root, _, _, tag, *dims = _SIGNATURE.unpack(signature)
+    objects, kind = kind & _OF_OBJECTS, kind & ~_OF_OBJECTS
     try:
+        if objects:
+            return _explain_objects(Collective(kind), sequence, root, tag, role)
         name = Collective(kind).name.lower() if kind != Collective.SEND else ("send", "recv", "send/recv")[2 if role is None else role]
         tag -= 2**64 if tag >= 2**63 else 0
         parts = [f"{name} #{sequence}", DType(dtype).name.lower()]
@@ -221,6 +230,15 @@ def explain_signature(signature: bytes, role: int | None = None) -> str:
     except ValueError:
         return "a call of another version of rt"
     return " ".join(parts)
+
+
+def _explain_objects(kind: Collective, sequence: int, root: int, tag: int, role: int | None) -> str:
+    """As ``explain_signature``, of a call that moves objects: their header's shape is none of the caller's."""
+    if kind is Collective.SEND:
+        return f"{('send', 'recv', 'send/recv')[2 if role is None else role]}_object #{sequence} tag {tag - 2**64 if tag >= 2**63 else tag}"
+    if kind is Collective.BROADCAST:
+        return f"broadcast_object #{sequence} root {root}"
+    return f"gather_objects #{sequence} root {root}" if root >= 0 else f"all_gather_objects #{sequence}"
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -36,10 +36,10 @@ from rt.gradients import BUCKET_BYTES, Plan
 from rt.group import CoreGroup
 
 __all__ = [
-    "CollectiveTimeoutError", "ConfigError", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError", "PeerLostError",
-    "ProtocolError", "RTError", "RendezvousError",
-    "Group", "abort", "all_gather", "all_max", "all_min", "all_reduce", "all_sum", "average_gradients", "barrier", "broadcast", "close",
-    "init", "is_available", "rank", "recv", "recv_like", "send", "size", "sum_scatter",
+    "CollectiveTimeoutError", "ConfigError", "Group", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError",
+    "PeerLostError", "ProtocolError", "RTError", "RendezvousError", "abort", "all_gather", "all_gather_objects", "all_max", "all_min",
+    "all_reduce", "all_sum", "average_gradients", "barrier", "broadcast", "broadcast_object", "close", "gather_objects", "init",
+    "is_available", "rank", "recv", "recv_like", "recv_object", "send", "send_object", "size", "sum_scatter",
 ]  # fmt: skip
 
 _OWN_THREADS = 2  # this one and the control thread: no third can make a call
@@ -124,6 +124,11 @@ barrier = _api.barrier
 send = _api.send
 recv = _api.recv
 recv_like = _api.recv_like
+send_object = _api.send_object
+recv_object = _api.recv_object
+broadcast_object = _api.broadcast_object
+gather_objects = _api.gather_objects
+all_gather_objects = _api.all_gather_objects
 
 
 def init(

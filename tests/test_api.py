@@ -28,7 +28,8 @@ from rt.world import GOODBYE_SECONDS
 OPS = (
     "all_reduce", "all_sum", "all_max", "all_min", "all_gather", "sum_scatter", "broadcast", "barrier", "send", "recv", "recv_like",
 )  # fmt: skip
-CALLS = (*OPS, "init", "is_available", "rank", "size", "close", "abort", "average_gradients")
+OBJECTS = ("send_object", "recv_object", "broadcast_object", "gather_objects", "all_gather_objects")
+CALLS = (*OPS, *OBJECTS, "init", "is_available", "rank", "size", "close", "abort", "average_gradients")
 LOOPS = FRONTS[1:]
 fronts = pytest.mark.parametrize("front", FRONTS)
 loops = pytest.mark.parametrize("front", LOOPS)
@@ -47,7 +48,7 @@ def test_both_front_ends_take_the_same_arguments(name: str) -> None:
     assert parameters(getattr(rt, name)) == parameters(getattr(rt.sync, name))
 
 
-@pytest.mark.parametrize("name", [*OPS, "average_gradients"])
+@pytest.mark.parametrize("name", [*OPS, *OBJECTS, "average_gradients"])
 def test_methods_of_groups_take_the_same_arguments(name: str) -> None:
     expected = parameters(getattr(rt, name), "group")
     assert parameters(getattr(rt.Group, name)) == parameters(getattr(rt.sync.Group, name)) == expected
@@ -58,12 +59,12 @@ def test_both_groups_have_the_same_methods() -> None:
         return {name: parameters(member) for name, member in inspect.getmembers(group, callable) if not name.startswith("_")}
 
     assert public(rt.Group) == public(rt.sync.Group)
-    assert set(public(rt.Group)) == {*OPS, "average_gradients", "rank", "size", "split", "abort"}
+    assert set(public(rt.Group)) == {*OPS, *OBJECTS, "average_gradients", "rank", "size", "split", "abort"}
 
 
 def test_what_is_exported() -> None:
     errors = {name for name in rt.__all__ if name.endswith("Error")}
-    assert set(rt.__all__) - {"Work"} == set(rt.sync.__all__) == {*CALLS, *errors, "Group"}
+    assert set(rt.__all__) - {"Work", "run"} == set(rt.sync.__all__) == {*CALLS, *errors, "Group"}
     assert errors == {name for name in vars(rt.errors) if name.endswith("Error")}
     assert all(getattr(rt, name) is getattr(rt.sync, name) for name in errors)
     assert all(hasattr(rt, name) for name in rt.__all__) and all(hasattr(rt.sync, name) for name in rt.sync.__all__)
@@ -78,6 +79,12 @@ def test_what_every_operation_takes_by_keyword_only(name: str) -> None:
     assert {p.name for p in found.values() if p.kind is p.KEYWORD_ONLY} == expected
     assert all(found[each].default is None for each in expected - {"tag"})
     assert "tag" not in expected or found["tag"].default == 0
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_what_every_call_with_objects_takes_by_keyword_only(name: str) -> None:
+    found = {p.name: p.default for p in inspect.signature(getattr(rt, name)).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert found == {"group": None, "timeout": None} | ({"tag": 0} if name in ("send_object", "recv_object") else {})
 
 
 def test_average_gradients_has_the_arguments_of_mlx() -> None:
