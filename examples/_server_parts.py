@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -27,6 +27,7 @@ Array = npt.NDArray[np.float32]
 Sum = Callable[[Array], Awaitable[Array]]
 
 WIDTH, HIDDEN, BLOCKS = 64, 512, 2
+_CLIENT_GONE = 499  # nginx' word for it; nobody reads it
 BATCH_MOST = 64  # requests that are computed together
 
 
@@ -187,7 +188,7 @@ class Front:
             if not job.answer.done():
                 job.answer.cancel()
                 self.stats.disconnected += 1
-                return Response(status_code=499)
+                return Response(status_code=_CLIENT_GONE)
             if job.answer.exception() is None:
                 return JSONResponse(job.answer.result())
         return JSONResponse(self._failure, 503)
@@ -195,7 +196,9 @@ class Front:
     async def _predict(self, request: Request) -> Response:
         try:
             row = np.asarray(await request.json(), np.float32)
-        except ValueError:
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_GONE)
+        except (ValueError, TypeError):
             row = np.empty(0, np.float32)
         if row.shape != (WIDTH,):
             return JSONResponse({"error": f"expected a list of {WIDTH} numbers"}, 400)

@@ -122,6 +122,7 @@ def test_a_thousand_requests_of_which_every_tenth_is_given_up() -> None:
         assert httpx.get(server.url + "/health").json() == {"ok": True}
         assert httpx.post(server.url + "/predict", json=[1, 2]).status_code == 400
         assert httpx.post(server.url + "/predict", content=b"{").status_code == 400
+        assert httpx.post(server.url + "/predict", json={"a": 1}).status_code == 400
         server.processes[0].send_signal(signal.SIGTERM)
         codes, errors = server.end()
     assert codes == [0] * SIZE and errors == [""] * SIZE
