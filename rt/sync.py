@@ -24,8 +24,9 @@ from rt.gradients import BUCKET_BYTES, Plan
 from rt.group import CoreGroup
 
 __all__ = [
-    "Group", "abort", "all_gather", "all_max", "all_min", "all_reduce", "all_sum", "average_gradients", "barrier", "broadcast", "close",
-    "init", "is_available", "rank", "recv", "recv_like", "send", "size", "sum_scatter",
+    "Group", "abort", "all_gather", "all_max", "all_min", "all_reduce", "all_sum", "all_to_all", "average_gradients", "barrier",
+    "broadcast", "close", "gather", "init", "is_available", "rank", "recv", "recv_like", "reduce", "scatter", "send", "size",
+    "sum_scatter",
 ]  # fmt: skip
 
 _OWN_THREADS = 2  # this one and the control thread: no third can make a call
@@ -106,6 +107,10 @@ all_min = _api.all_min
 all_gather = _api.all_gather
 sum_scatter = _api.sum_scatter
 broadcast = _api.broadcast
+reduce = _api.reduce
+gather = _api.gather
+scatter = _api.scatter
+all_to_all = _api.all_to_all
 barrier = _api.barrier
 send = _api.send
 recv = _api.recv
