@@ -51,8 +51,9 @@ if os.path.exists(os.path.join(os.path.dirname(__file__), "rest1.py")):  # a fil
 __all__ = [
     "CollectiveTimeoutError", "ConfigError", "Group", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError",
     "PeerLostError", "ProtocolError", "RTError", "RendezvousError", "Work", "abort", "all_gather", "all_gather_objects", "all_max",
-    "all_min", "all_reduce", "all_sum", "average_gradients", "barrier", "broadcast", "broadcast_object", "close", "gather_objects", "init",
-    "is_available", "rank", "recv", "recv_like", "recv_object", "run", "send", "send_object", "size", "sum_scatter",
+    "all_min", "all_reduce", "all_sum", "all_to_all", "average_gradients", "barrier", "broadcast", "broadcast_object", "close", "gather",
+    "gather_objects", "init", "is_available", "rank", "recv", "recv_like", "recv_object", "reduce", "run", "scatter", "send",
+    "send_object", "size", "sum_scatter",
 ]  # fmt: skip
 
 
@@ -113,6 +114,10 @@ all_min = _api.all_min
 all_gather = _api.all_gather
 sum_scatter = _api.sum_scatter
 broadcast = _api.broadcast
+reduce = _api.reduce
+gather = _api.gather
+scatter = _api.scatter
+all_to_all = _api.all_to_all
 barrier = _api.barrier
 send = _api.send
 recv = _api.recv

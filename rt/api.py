@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from rt import collectives, objects
+from rt import collectives, collectives_blocks, objects
 from rt.aio import Work
 from rt.errors import ConfigError
 from rt.group import CoreGroup
@@ -29,7 +29,7 @@ class Api(Generic[R]):
     Args:
         group: a ``Group`` of either front end; None: the world, formed now if it was not (as ``init()`` does).
         stream: for accelerators; must be None on this backend.
-        out: C-contiguous NumPy array that receives the result; may be x itself or, for all_gather and sum_scatter, in place by NCCL's
+        out: C-contiguous NumPy array that receives the result; may be x itself or, for the gathers and scatters, in place by NCCL's
             rules (x is this rank's block of out, or out is this rank's block of x). Any other overlap with x is a ValueError.
         timeout: seconds until the call fails with ``CollectiveTimeoutError`` and breaks the group; None: the group's, default for ever.
         key: kept for order-free matching; must be None.
@@ -99,6 +99,48 @@ class Api(Generic[R]):
     ) -> R:  # fmt: skip
         """Return the root's x on every rank. The others pass an array of the same shape and dtype; only its form counts."""
         return self._run(group, lambda core, x, out: collectives.broadcast(core, x, root, out), x, out, timeout, stream, key)
+
+    def reduce(
+        self, x: Any, op: str = "sum", root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
+        """Combine x of all ranks as ``all_reduce`` does, for the root only. The others get None, and their ``out`` is left alone."""
+        return self._run(group, lambda core, x, out: collectives_blocks.reduce(core, x, op, root, out), x, out, timeout, stream, key)
+
+    def gather(
+        self, x: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None,
+        key: Any = None,
+    ) -> R:  # fmt: skip
+        """Concatenate x of all ranks as ``all_gather`` does, for the root only. The others get None, and their ``out`` is left alone.
+
+        In place on the root: x is its block of ``out``.
+        """
+        return self._run(group, lambda core, x, out: collectives_blocks.gather(core, x, root, out), x, out, timeout, stream, key)
+
+    def scatter(
+        self, x: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None,
+        key: Any = None,
+    ) -> R:  # fmt: skip
+        """Cut the root's x, ``(d0, ...)``, along axis 0: rank r gets block r, ``(d0 / size, ...)``.
+
+        The others pass an array of the same shape and dtype, of which only the form counts, or ``x=None`` and ``out``. In place on the
+        root: ``out`` is its block of x.
+
+        Raises:
+            ValueError: x has no axis 0, or its length is not a multiple of the group's size.
+            TypeError: neither x nor ``out`` says what is received.
+        """
+        return self._run(group, lambda core, x, out: collectives_blocks.scatter(core, x, root, out), x, out, timeout, stream, key)
+
+    def all_to_all(
+        self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """Exchange blocks along axis 0: block j of x goes to rank j, and block i of the result, of x's shape, comes from rank i.
+
+        Raises:
+            ValueError: x has no axis 0, or its length is not a multiple of the group's size.
+        """
+        return self._run(group, lambda core, x, out: collectives_blocks.all_to_all(core, x, out), x, out, timeout, stream, key)
 
     def barrier(self, *, group: Any = None, stream: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """Return None once every rank has called."""
@@ -232,6 +274,24 @@ class Group(Generic[R]):
     def broadcast(self, x: Any, root: int = 0, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """As ``rt.broadcast`` on this group."""
         return self._api.broadcast(x, root, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def reduce(
+        self, x: Any, op: str = "sum", root: int = 0, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """As ``rt.reduce`` on this group."""
+        return self._api.reduce(x, op, root, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def gather(self, x: Any, root: int = 0, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """As ``rt.gather`` on this group."""
+        return self._api.gather(x, root, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def scatter(self, x: Any, root: int = 0, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """As ``rt.scatter`` on this group."""
+        return self._api.scatter(x, root, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def all_to_all(self, x: Any, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """As ``rt.all_to_all`` on this group."""
+        return self._api.all_to_all(x, group=self, stream=stream, out=out, timeout=timeout, key=key)
 
     def barrier(self, *, stream: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """As ``rt.barrier`` on this group."""

@@ -25,9 +25,7 @@ def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_red
     code = _operator(op)
     array = _array(x, what, work)
     dtype = code_of(array.dtype)
-    if not op_supported(dtype, code):
-        needed = "floating or complex dtypes" if code is Op.MEAN else "bool or integer dtypes"
-        raise TypeError(f"{what}: op {op!r} is for {needed}, not {array.dtype}")
+    _check_supported(code, dtype, what)
     if group.size == 1:
         return _alone(work, x, array, out, what)
     target = _target(out, array.shape, array, what, work)
@@ -44,8 +42,7 @@ def all_gather(group: CoreGroup, x: Any, out: Any) -> Work:
     dtype = code_of(array.dtype)
     if group.size == 1:
         return _alone(work, x, array, out, "all_gather")
-    shape = (group.size * array.shape[0], *array.shape[1:]) if array.ndim else (group.size,)
-    target = _target(out, shape, array, "all_gather", work)
+    target = _target(out, _gathered_shape(array.shape, group), array, "all_gather", work)
     alias = _aliasing(x, array, target, "all_gather", {(group.rank * array.size, 0)})
     work.result = target
     call = Call(Collective.ALL_GATHER, dtype, Op.SUM, array.shape, array.size, alias=alias)
@@ -59,16 +56,10 @@ def sum_scatter(group: CoreGroup, x: Any, op: str, out: Any) -> Work:
     code = _operator(op)
     array = _array(x, "sum_scatter", work)
     dtype = code_of(array.dtype)
-    if not op_supported(dtype, code):
-        raise TypeError(f"sum_scatter: op {op!r} is not defined on {array.dtype}")
+    _check_supported(code, dtype, "sum_scatter")
     if group.size == 1:
         return _alone(work, x, array, out, "sum_scatter")
-    if array.ndim == 0 or array.shape[0] % group.size:
-        raise ValueError(
-            f"[sum_scatter] Invalid shape={array.shape} for a group of size {group.size}. The first dimension (axis 0) must be divisible "
-            "by the group size and input must have at least one."
-        )
-    shape = (array.shape[0] // group.size, *array.shape[1:])
+    shape = _block_shape(array.shape, group, "sum_scatter")
     target = _target(out, shape, array, "sum_scatter", work)
     alias = _aliasing(x, array, target, "sum_scatter", {(0, group.rank * target.size)})
     work.result = target
@@ -140,6 +131,27 @@ def _operator(op: str) -> Op:
         return OPS[op]
     except (KeyError, TypeError):
         raise ValueError(f"op must be one of {', '.join(OPS)}, not {op!r}") from None
+
+
+def _check_supported(op: Op, dtype: DType, what: str) -> None:
+    if not op_supported(dtype, op):
+        needed = "floating or complex dtypes" if op is Op.MEAN else "bool or integer dtypes"
+        raise TypeError(f"{what}: op {op.name.lower()!r} is for {needed}, not {dtype.name.lower()}")
+
+
+def _gathered_shape(shape: tuple[int, ...], group: CoreGroup) -> tuple[int, ...]:
+    """Shape of the blocks of all ranks along axis 0; numbers become a list."""
+    return (group.size * shape[0], *shape[1:]) if shape else (group.size,)
+
+
+def _block_shape(shape: tuple[int, ...], group: CoreGroup, what: str) -> tuple[int, ...]:
+    """Shape of one of the equal blocks of an array along axis 0."""
+    if not shape or shape[0] % group.size:
+        raise ValueError(
+            f"[{what}] Invalid shape={shape} for a group of size {group.size}. The first dimension (axis 0) must be divisible "
+            "by the group size and input must have at least one."
+        )
+    return (shape[0] // group.size, *shape[1:])
 
 
 def _array(x: Any, what: str, work: Work | None) -> np.ndarray[Any, Any]:

@@ -28,6 +28,16 @@ _SIGNATURE = struct.Struct("=IBBBBQiIQQ3Q")
 _PLANS_MOST = 4096
 _PLAIN_DIMS = 3
 _OF_OBJECTS = 0x40  # in the kind of a signature: the call moves objects
+_REDUCING = frozenset(
+    {
+        Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, Collective.REDUCE, Collective.REDUCE_SCATTER_V, Collective.SCAN,
+        Collective.EXSCAN,
+    }
+)  # fmt: skip
+_ROOTED = frozenset(
+    {Collective.BROADCAST, Collective.REDUCE, Collective.GATHER, Collective.SCATTER, Collective.GATHER_V, Collective.SCATTER_V}
+)
+_COUNTED = frozenset({Collective.ALL_GATHER_V, Collective.REDUCE_SCATTER_V, Collective.GATHER_V, Collective.SCATTER_V})
 _RECENT = 64  # calls that can still be named when a peer turns out to have called something else
 
 
@@ -41,6 +51,7 @@ class Call(NamedTuple):
         items: as ``choose`` wants them counted.
         root: rank in the group; for send and recv the peer.
         tag: of send and recv.
+        counts: rows (along axis 0) of each rank's block where blocks differ; ``shape`` is then that of all blocks together.
         alias: where input and output start in shared memory, None out of place.
         part: of a call that moves objects ("" of others): its header, or the name of the channel its body takes.
     """
@@ -52,6 +63,7 @@ class Call(NamedTuple):
     items: int
     root: int = -1
     tag: int = 0
+    counts: tuple[int, ...] = ()
     alias: tuple[int, int] | None = None
     part: str = ""
 
@@ -127,6 +139,7 @@ class CoreGroup:
         return sequence.to_bytes(4, sys.byteorder) + signature[4:] if found == sequence else None
 
     def _plan(self, call: Call) -> _Ready:
+        row_items = _count(call.shape[1:])
         schedule = choose(
             call.kind,
             rank=self.rank,
@@ -137,6 +150,7 @@ class CoreGroup:
             lanes=self.world.lanes if self.world is not None else 1,
             full_mesh=self.full_mesh,
             root=max(call.root, 0),
+            counts=[rows * row_items for rows in call.counts],
         )
         op = Op.SUM if call.op is Op.MEAN else call.op
         program = _fastpath.Program(schedule, call.dtype, op, self._links, call.alias)
@@ -159,7 +173,7 @@ class CoreGroup:
         lanes = self.world.lanes if self.world is not None else 1
         fingerprint = hash64(algorithm, self.identity, lanes, self.full_mesh)
         root = -1 if p2p else call.root
-        tag = call.tag & (2**64 - 1)
+        tag = hash64(*call.counts) if call.counts else call.tag & (2**64 - 1)
         return _SIGNATURE.pack(0, kind, call.dtype, call.op, len(shape), nbytes, root, self.size, fingerprint, tag, *dims)
 
     def _channel(self, call: Call) -> int:
@@ -219,14 +233,13 @@ def explain_signature(signature: bytes, role: int | None = None) -> str:
         if objects:
             return _explain_objects(Collective(kind), sequence, root, tag, role)
         name = Collective(kind).name.lower() if kind != Collective.SEND else ("send", "recv", "send/recv")[2 if role is None else role]
-        tag -= 2**64 if tag >= 2**63 else 0
         parts = [f"{name} #{sequence}", DType(dtype).name.lower()]
-        reduces = kind in (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER)
         shape = tuple(dims[:ndim]) if ndim <= _PLAIN_DIMS else f"({dims[0]}, {dims[1]}, ... {ndim} dimensions)"
-        parts += [Op(op).name.lower()] if reduces else []
+        parts += [Op(op).name.lower()] if kind in _REDUCING else []
         parts += [f"shape {shape}", f"{nbytes} B"]
-        parts += [f"root {root}"] if kind == Collective.BROADCAST else []
-        parts += [f"tag {tag}"] if kind == Collective.SEND else []
+        parts += [f"root {root}"] if kind in _ROOTED else []
+        parts += [f"counts {tag:016x} (a hash)"] if kind in _COUNTED else []
+        parts += [f"tag {tag - 2**64 if tag >= 2**63 else tag}"] if kind == Collective.SEND else []
     except ValueError:
         return "a call of another version of rt"
     return " ".join(parts)

@@ -27,6 +27,7 @@ from rt.world import GOODBYE_SECONDS
 
 OPS = (
     "all_reduce", "all_sum", "all_max", "all_min", "all_gather", "sum_scatter", "broadcast", "barrier", "send", "recv", "recv_like",
+    "reduce", "gather", "scatter", "all_to_all",
 )  # fmt: skip
 OBJECTS = ("send_object", "recv_object", "broadcast_object", "gather_objects", "all_gather_objects")
 CALLS = (*OPS, *OBJECTS, "init", "is_available", "rank", "size", "close", "abort", "average_gradients")
@@ -164,7 +165,10 @@ def test_a_group_of_one_returns_x() -> None:
     x, scalar = np.arange(6.0).reshape(3, 2), np.asarray(1.5)
     group = rt.sync.init()
     for each in (x, scalar):
-        for call in (group.all_sum, group.all_max, group.all_min, group.all_reduce, group.all_gather, group.sum_scatter, group.broadcast):
+        for call in (
+            group.all_sum, group.all_max, group.all_min, group.all_reduce, group.all_gather, group.sum_scatter, group.broadcast,
+            group.reduce, group.gather, group.scatter, group.all_to_all,
+        ):  # fmt: skip
             assert call(each) is each, call
     out = np.empty_like(x)
     assert group.all_sum(x, out=out) is out and np.array_equal(out, x)
