@@ -134,6 +134,10 @@ class Work(_fastpath.Work):
         timer = loop.call_later(max(0.0, deadline - time.monotonic()), world.timed_out, self, seconds)
         self.add_waiter(timer.cancel)
 
+    def late(self) -> Work:
+        """Return the work to name when this one does not end in time: itself."""
+        return self
+
     def done(self) -> bool:
         """Say whether the collective has ended, well or badly."""
         return self.state != _fastpath.FLYING

@@ -218,6 +218,7 @@ def explain_signature(signature: bytes, role: int | None = None) -> str:
         parts += [f"shape {shape}", f"{nbytes} B"]
         parts += [f"root {root}"] if kind == Collective.BROADCAST else []
         parts += [f"tag {tag}"] if kind == Collective.SEND else []
+        parts += [f"of a list of the form {tag & (2**64 - 1):x}"] if kind == Collective.ALL_REDUCE and tag else []
     except ValueError:
         return "a call of another version of rt"
     return " ".join(parts)

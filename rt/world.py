@@ -176,6 +176,7 @@ class World:
 
     def timed_out(self, work: Work, seconds: float) -> None:
         """A time limit expired: blame a rank that has not called, else one that is late."""
+        work = work.late()
         absent, late = self.engine.waiting_for(work)
         if work.state != _fastpath.FLYING:
             return
