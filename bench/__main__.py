@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import all_reduce, idle, imports, loop_lag, report
+from bench import all_reduce, fused, idle, imports, loop_lag, report
 from bench.conductor import PEERS, BenchError, peers_python
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -28,6 +28,7 @@ examples:
   rt.bench all_reduce --peers gloo,mlx         peers beside us in the same run (`make peers` first)
   rt.bench loop_lag                            does the event loop stay responsive?
   rt.bench idle                                what does waiting cost?
+  rt.bench fused                               what does one call for many arrays save?
   rt.bench import                              what does `import rt` cost?
 
 All ranks run on this host, over loopback. Load from elsewhere shows in every number: look at the load average in the header.
@@ -51,6 +52,10 @@ awaited in a tight loop; on uvloop and on asyncio's own loop. What a request han
 _IDLE = """\
 CPU of an open group while nothing moves, over 5 s each, worst rank, in both front ends: nothing posted; one rank ahead of the
 other in an all_reduce; waiting for a broadcast.
+"""
+
+_FUSED = """\
+200 arrays of 1 KiB: one all_sum after the other, one all_sum of the list, and average_gradients of it, in turns, in both front ends.
 """
 
 _IMPORT = """\
@@ -107,11 +112,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="{all_reduce,loop_lag,idle,import}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{all_reduce,loop_lag,idle,fused,import}")
     _add_all_reduce(commands)
     lag = _add(commands, "loop_lag", "how late timers fire while ranks reduce", _LOOP_LAG, ranks=True)
     lag.add_argument("--bytes", type=byte_count, default="1G", help="size of the large all_reduce; each rank holds it twice (default: 1G)")
     _add(commands, "idle", "CPU that waiting costs", _IDLE, ranks=True)
+    _add(commands, "fused", "many small arrays in one call", _FUSED, ranks=True)
     _add(commands, "import", "how long `import rt` takes", _IMPORT, ranks=False)
     return top
 
@@ -167,6 +173,9 @@ def run(arguments: argparse.Namespace) -> tuple[str, Any, int]:
     if arguments.command == "idle":
         rows = idle.run(arguments.n)
         return idle.text(rows), rows, 0
+    if arguments.command == "fused":
+        rows = fused.run(arguments.n)
+        return fused.text(rows), rows, 0
     rows = imports.run()
     return imports.text(rows), rows, 0
 

@@ -36,7 +36,7 @@ from rt.errors import (
     RendezvousError,
     RTError,
 )
-from rt.gradients import BUCKET_BYTES, Plan
+from rt.gradients import BUCKET_BYTES, averaging
 from rt.group import CoreGroup
 from rt.runner import run
 
@@ -188,12 +188,5 @@ def average_gradients(
     gradients: Any, group: Any = None, all_reduce_size: int = BUCKET_BYTES, communication_type: Any = None, communication_stream: Any = None
 ) -> Awaitable[Any]:
     """Average a tree of arrays over all ranks; see ``rt.sync.average_gradients``. The call submits the collectives, not the await."""
-    check_common(None, communication_stream, None)
-    core = core_of(group) if group is not None else ready_core()
-    plan = None if core is not None and core.size == 1 else Plan(gradients, all_reduce_size, communication_type)
-    works = [] if plan is None else [_api._run(group, start, None, None, None, None, None) for start in plan.starts()]
-
-    async def collect() -> Any:
-        return gradients if plan is None else plan.finish([await work for work in works])
-
-    return collect()
+    start = averaging(all_reduce_size, communication_type)
+    return _api._run(group, start, gradients, None, None, communication_stream, None)

@@ -36,6 +36,7 @@ class Work:
     source: Any
     target: Any
     result: Any
+    hand_out: Callable[[Any], Any] | None
     error: Callable[[Work], BaseException] | None
     state: int
     sequence: int

@@ -29,10 +29,16 @@ class Api(Generic[R]):
     Args:
         group: a ``Group`` of either front end; None: the world, formed now if it was not (as ``init()`` does).
         stream: for accelerators; must be None on this backend.
-        out: C-contiguous NumPy array that receives the result; may be x itself or, for the gathers and scatters, in place by NCCL's
-            rules (x is this rank's block of out, or out is this rank's block of x). Any other overlap with x is a ValueError.
+        out: C-contiguous array that receives the result and is returned: of NumPy, a torch tensor, or a writable buffer (``bytearray``,
+            ``array.array``, ``memoryview``, ...). It may be x itself or, for the gathers and scatters, in place by NCCL's rules (x is
+            this rank's block of out, or out is this rank's block of x). Any other overlap with x is a ValueError.
         timeout: seconds until the call fails with ``CollectiveTimeoutError`` and breaks the group; None: the group's, default for ever.
         key: kept for order-free matching; must be None.
+
+    Arrays may be NumPy's, torch's, MLX's or JAX's, on the CPU, or of whatever speaks DLPack or the buffer protocol. They are read where
+    they lie (what is not contiguous is copied once), and the result is of x's kind; what has no kind of its own to give back gives
+    NumPy's. Python's numbers are arrays of shape ``()``. Refused with a TypeError that says what to do: memory of other devices, masked
+    arrays, subclasses, torch tensors that require grad (unless under ``torch.no_grad()``), arrays that JAX is tracing.
 
     Every call may raise ``GroupBrokenError`` (one of its kinds), ``GroupClosedError``, and TypeError or ValueError for bad arguments.
     Calls are matched between ranks in the order in which each rank makes them: call order is wire order.
@@ -48,7 +54,9 @@ class Api(Generic[R]):
         """Combine x of all ranks elementwise; every rank gets the result, bit-identical, of x's shape and dtype.
 
         Args:
-            x: array or Python number, of the same shape and dtype on all ranks.
+            x: array or Python number, of the same shape and dtype on all ranks. Or a list or tuple of arrays: one call, in few
+                collectives, whose result (and ``out=``) is the list of theirs. Arrays under 64 KiB of one dtype travel together; the
+                results of those lie in one block of memory. All ranks pass lists of the same shapes and dtypes, else MismatchError.
             op: ``sum prod min max`` on every dtype; ``mean`` on floating and complex dtypes; ``and or xor`` on bool and integers. Integers
                 wrap; on bool, sum is or, prod is and; half types accumulate in float32 and round once; min and max propagate NaN and
                 order complex numbers lexicographically.
@@ -159,17 +167,21 @@ class Api(Generic[R]):
         self, shape: Any, dtype: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None,
         key: Any = None, tag: int = 0,
     ) -> R:  # fmt: skip
-        """Receive an array of ``shape`` and ``dtype`` from rank ``src``; a sender with another shape or dtype is a MismatchError."""
+        """Receive a NumPy array of ``shape`` and ``dtype`` from rank ``src``; a sender with another shape or dtype is a MismatchError.
+
+        ``dtype`` may also be torch's, MLX's or JAX's. Who wants their arrays passes ``out=`` or calls ``recv_like``.
+        """
         return self._run(group, lambda core, _, out: collectives.recv(core, shape, dtype, src, out, tag), None, out, timeout, stream, key)
 
     def recv_like(
         self, x: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None,
         timeout: float | None = None, key: Any = None, tag: int = 0,
     ) -> R:  # fmt: skip
-        """Receive an array of x's shape and dtype from rank ``src``."""
-        shape, dtype = collectives.like(x)
+        """Receive an array of x's shape, dtype and kind from rank ``src``."""
+        shape, dtype, wrap = collectives.like(x)
+
         def start(core: CoreGroup, _: Any, out: Any) -> Work:
-            return collectives.recv(core, shape, dtype, src, out, tag, "recv_like")
+            return collectives.recv(core, shape, dtype, src, out, tag, "recv_like", wrap)
 
         return self._run(group, start, None, out, timeout, stream, key)
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from rt.aio import Work
-from rt.collectives import _aliasing, _alone, _array, _block_shape, _check_supported, _gathered_shape, _operator, _rank, _target
-from rt.dtypes import Op, code_of
+from rt.collectives import _aliasing, _alone, _array, _block_shape, _gathered_shape, _operator, _rank, _target
+from rt.dtypes import Op, check_op, code_of
 from rt.group import Call, CoreGroup
 from rt.schedule import Collective
 
@@ -24,7 +24,7 @@ def reduce(group: CoreGroup, x: Any, op: str, root: int, out: Any) -> Work:
     code = _operator(op)
     array = _array(x, "reduce", work)
     dtype = code_of(array.dtype)
-    _check_supported(code, dtype, "reduce")
+    check_op(dtype, code, "reduce")
     root = _rank(root, group, "root")
     if group.size == 1:
         return _alone(work, x, array, out, "reduce")

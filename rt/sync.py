@@ -32,7 +32,7 @@ from rt.errors import (
     RendezvousError,
     RTError,
 )
-from rt.gradients import BUCKET_BYTES, Plan
+from rt.gradients import BUCKET_BYTES, averaging
 from rt.group import CoreGroup
 
 __all__ = [
@@ -210,7 +210,7 @@ def average_gradients(
     """Average a tree of arrays over all ranks; shapes, dtypes and structure stay.
 
     Args:
-        gradients: any pytree (dicts, lists, tuples, ...) of floating or complex arrays.
+        gradients: any pytree (dicts, lists, tuples, ...) of floating or complex arrays, of any kinds.
         group: None: the world.
         all_reduce_size: leaves are joined into buckets of at least this many bytes, one per dtype; 0 or less: one collective per leaf.
         communication_type: dtype to communicate in; results are cast back.
@@ -218,11 +218,5 @@ def average_gradients(
 
     In a group of one the very same tree is returned.
     """
-    core = core_of(group) if group is not None else _world_core()
-    check_common(None, communication_stream, None)
-    if core.size == 1:
-        return gradients
-    _refuse_inside_loop(core)
-    plan = Plan(gradients, all_reduce_size, communication_type)
-    works = [start(core, None, None) for start in plan.starts()]
-    return plan.finish([_wait(work, core.timeout) for work in works])
+    start = averaging(all_reduce_size, communication_type)
+    return _api._run(group, start, gradients, None, None, communication_stream, None)

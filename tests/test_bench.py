@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command_line
-from bench import all_reduce, conductor, idle, imports, loop_lag, probe, report, worker
+from bench import all_reduce, conductor, fused, idle, imports, loop_lag, probe, report, worker
 
 OPTIONS = all_reduce.Options(
     size=2, min_bytes=4, max_bytes=256, factor=8, iters=7, warmup=1, fronts=("sync", "async"), peers=(), check=True
@@ -375,7 +375,7 @@ def test_mistakes_exit_2_and_say_what_was_expected(argv: list[str], hint: str, c
     assert hint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["all_reduce", "loop_lag", "idle", "import"])
+@pytest.mark.parametrize("command", ["all_reduce", "loop_lag", "idle", "fused", "import"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command_line.main([command, "--help"])
@@ -461,6 +461,13 @@ def test_loop_lag_covers_every_scene_on_every_loop() -> None:
 def test_reduction_too_short_for_the_timer_has_no_lateness() -> None:
     row = {"loop": "asyncio", "scene": "large", "bytes": 1 << 20, "seconds": 0.0, **probe.summary([]), "calls": 1, "took": 1e-4}
     assert loop_lag.text([row]).splitlines()[-1].split()[-4:] == ["0", "-", "-", "-"]
+
+
+def test_fused_compares_three_ways_in_both_front_ends() -> None:
+    rows = fused.run(2, arrays=3, repeats=2)
+    assert [row["front"] for row in rows] == ["sync", "async"]
+    assert all(row[way] > 0 for row in rows for way in ("one", "fused", "average"))
+    assert fused.text(rows).count("\n  ") == 2 and "3 float32 arrays of 1024 bytes over 2 ranks" in fused.text(rows)
 
 
 def test_import_is_timed_in_fresh_interpreters() -> None:
