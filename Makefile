@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(wildcard rt/*.pyx rt/*.pxi rt/*.h)
 DEBIAN := python3-venv python3-dev iproute2
 N ?= 4
 
-.PHONY: demo test check peers bench wheel packages clean
+.PHONY: demo test check peers results wheel packages clean
 
 demo: .stamp-build  ## train a small network on handwritten digits over 4 ranks
 	$(BIN)/rt.launch -n $(N) examples/train_digits.py --compare
@@ -31,9 +31,8 @@ peers: .venv-peers/.stamp  ## torch (gloo), MLX and MPI, to measure against
 	.venv-peers/bin/python -m pip install -q -r bench/peers.txt
 	touch $@
 
-bench: .stamp-build peers  ## the table of the README
-	$(BIN)/rt.bench all_reduce -n 2 --front sync,async --peers gloo,mlx
-	$(BIN)/rt.bench all_reduce -n 4 --front sync,async --peers gloo
+results: .stamp-build peers  ## measure, then write README's table and docs/all_reduce.png
+	$(BIN)/python -m bench.readme README.md docs/all_reduce.png
 
 wheel: .stamp-build  ## a wheel to copy to hosts without a compiler
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .

@@ -1,7 +1,7 @@
 """Starts the ranks of a system on this host, tells them what to run and reads what they measured.
 
-May live here: processes, pipes, and how each system's ranks are told to find each other. May not: what is measured (the command's own
-file), statistics and tables (``report.py``).
+May live here: processes and pipes. May not: how ranks find each other (``meeting.py``), what is measured (the command's own file),
+statistics and tables (``report.py``).
 
 Every rank has its own pipe to the conductor, so commands need no collective of the system under test, and between commands a rank is
 blocked in a read: the systems that are not being measured cost nothing.
@@ -13,22 +13,18 @@ import contextlib
 import json
 import os
 import selectors
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.meeting import BenchError, Meeting, meet
+
 PEERS = ("gloo", "mlx", "nospin", "tcp")  # the last two are no systems but what ours are held against
-WORKER = (str(ROOT / "bench" / "worker.py"),)  # by its path: peers' interpreters know no package of ours
+RANK = ("-m", "bench.rank")
 PROBE = ("-m", "bench.probe")
-_LOOPBACK = "127.0.0.1"
-_LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 _ANSWER_SECONDS = 180.0
 _LEAVE_SECONDS = 5.0
 # What would make a worker join another job, or contradict what the conductor says. Tuning variables pass through.
@@ -36,86 +32,6 @@ _FOREIGN = ("MASTER_", "MLX_", "OMPI_", "PMI_", "SLURM_", "TORCHELASTIC_")
 _FOREIGN_NAMES = {"RANK", "WORLD_SIZE", "RT_RANK", "RT_WORLD_SIZE", "RT_COORDINATOR", "RT_COORDINATOR_FD", "RT_HOSTFILE", "RT_SECRET_FD"}
 
 Answer = dict[str, Any]
-
-
-class BenchError(RuntimeError):
-    """A system could not be started, or broke while it was measured. The message says which, and what its ranks wrote."""
-
-
-@dataclass
-class Meeting:
-    """How the ranks of one system find each other.
-
-    Attributes:
-        python: the interpreter that has the system installed.
-        environ: what every rank's environment gets besides ``ranks``.
-        ranks: per rank, what only its environment gets.
-        reserved: sockets that keep the ports ours until the group stands.
-        inherited: per rank, the descriptors it inherits; empty: nobody inherits any.
-    """
-
-    python: str
-    environ: dict[str, str]
-    ranks: list[dict[str, str]]
-    reserved: list[socket.socket] = field(default_factory=list)
-    inherited: list[tuple[int, ...]] = field(default_factory=list)
-
-
-def peers_python() -> str:
-    """Return the interpreter that has the peers.
-
-    Raises:
-        BenchError: there is none; the message says how to make it.
-    """
-    python = os.environ.get("RT_PEERS_PYTHON") or str(ROOT / ".venv-peers" / "bin" / "python")
-    if not Path(python).is_file():
-        raise BenchError(f"no peers to compare with: {python} does not exist; `make peers` makes it, or set RT_PEERS_PYTHON")
-    return python
-
-
-def meet(system: str, size: int, folder: Path) -> Meeting:
-    """Prepare the meeting of ``size`` ranks of ``system`` (``rt``, ``gloo``, ``mlx`` or ``tcp``) over TCP loopback."""
-    return {"rt": _meet_rt, "gloo": _meet_gloo, "mlx": _meet_mlx, "tcp": _meet_tcp}[system](size, folder)
-
-
-def _meet_rt(size: int, folder: Path) -> Meeting:
-    listener = socket.create_server((_LOOPBACK, 0), backlog=size)
-    port = listener.getsockname()[1]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    ranks = [{"RT_RANK": str(rank), "RT_WORLD_SIZE": str(size), "RT_COORDINATOR": f"{_LOOPBACK}:{port}"} for rank in range(size)]
-    ranks[0]["RT_COORDINATOR_FD"] = str(listener.fileno())
-    return Meeting(sys.executable, {"PYTHONPATH": path}, ranks, [listener], [(listener.fileno(),), *[()] * (size - 1)])
-
-
-def _meet_gloo(size: int, folder: Path) -> Meeting:
-    environ = {"BENCH_STORE": str(folder / "store"), "GLOO_SOCKET_IFNAME": _LOOPBACK_INTERFACE}
-    return Meeting(peers_python(), environ, [{} for _ in range(size)])
-
-
-def _meet_mlx(size: int, folder: Path) -> Meeting:
-    # MLX binds with SO_REUSEPORT: a bound socket that never listens keeps the port from others and does not stand in MLX's way.
-    reserved = []
-    for _ in range(size):
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind((_LOOPBACK, 0))
-        reserved.append(sock)
-    hostfile = folder / "hosts.json"
-    hostfile.write_text(json.dumps([[f"{_LOOPBACK}:{sock.getsockname()[1]}"] for sock in reserved]), encoding="utf-8")
-    return Meeting(peers_python(), {"MLX_HOSTFILE": str(hostfile)}, [{"MLX_RANK": str(rank)} for rank in range(size)], reserved)
-
-
-def _meet_tcp(size: int, folder: Path) -> Meeting:
-    right, left = [], []  # of each rank; the connection from rank r to its right is the left one of rank r + 1
-    with socket.create_server((_LOOPBACK, 0), backlog=size) as listener:
-        for _ in range(size):
-            right.append(socket.create_connection(listener.getsockname()))
-            left.append(listener.accept()[0])
-    left = left[-1:] + left[:-1]
-    ends = [(mine.fileno(), other.fileno()) for mine, other in zip(right, left, strict=True)]
-    ranks = [{"BENCH_RIGHT": str(mine), "BENCH_LEFT": str(other)} for mine, other in ends]
-    return Meeting(sys.executable, {}, ranks, right + left, list(ends))
 
 
 def _own_environment() -> dict[str, str]:
@@ -128,20 +44,18 @@ class System:
     Args:
         name: what the tables call it.
         meeting: how its ranks find each other.
-        arguments: the worker's script (or ``-m`` and a module) and its arguments.
+        arguments: the worker's module (``-m`` and its name) and its arguments.
 
     Attributes:
-        pids: process id per rank, once started.
-        uses: what the workers said about versions, once started.
+        greetings: what each rank said of itself, once started.
     """
 
     def __init__(self, name: str, meeting: Meeting, arguments: list[str]) -> None:
         self.name = name
         self.size = len(meeting.ranks)
-        self.pids: list[int] = []
-        self.uses: dict[str, str] = {}
+        self.greetings: list[Answer] = []
         self._meeting = meeting
-        # -P: the script's own folder stays off sys.path, where its neighbours could shadow a peer's modules.
+        # -P: the folder that we were started in stays off sys.path.
         self._command = [meeting.python, "-P", *arguments]
         self._workers: list[subprocess.Popen[bytes]] = []
         self._log: IO[bytes] = tempfile.TemporaryFile()  # what all ranks write to standard error
@@ -156,10 +70,19 @@ class System:
         shared = {**_own_environment(), **self._meeting.environ, "BENCH_SIZE": str(self.size)}
         for rank in range(self.size):
             self._workers.append(self._spawn(shared, rank))
-        greetings = self._answers()
+        self.greetings = self._answers()
         self._release_ports()
-        self.pids = [greeting["pid"] for greeting in greetings]
-        self.uses = greetings[0]["uses"]
+
+    @property
+    def pids(self) -> list[int]:
+        """Process id per rank."""
+        return [greeting["pid"] for greeting in self.greetings]
+
+    @property
+    def uses(self) -> dict[str, str]:
+        """What rank 0 said about versions."""
+        uses: dict[str, str] = self.greetings[0]["uses"]
+        return uses
 
     def _spawn(self, shared: Mapping[str, str], rank: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(

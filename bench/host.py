@@ -23,16 +23,15 @@ def facts() -> dict[str, str]:
         "numpy": _version("numpy"),
         "uvloop": _version("uvloop"),
         "load": " ".join(f"{load:.2f}" for load in os.getloadavg()),
-        "network": "loopback: all ranks on this host",
     }
 
 
 def lines() -> list[str]:
-    """Return the facts as comment lines of a table's header."""
+    """Return the facts as comment lines of the header of a table whose ranks are all on this host."""
     found = facts()
     pairs = [f"{label} {found[label]}" for label in ("cpu", "cores", "kernel")]
     versions = [f"{label} {found[label]}" for label in ("python", "numpy", "uvloop")]
-    return [f"# {', '.join(pairs)}", f"# {', '.join(versions)}", f"# load average {found['load']}; {found['network']}"]
+    return [f"# {', '.join(pairs)}", f"# {', '.join(versions)}", f"# load average {found['load']}; loopback: all ranks on this host"]
 
 
 def cores() -> int:

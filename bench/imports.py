@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from bench import host
-from bench.conductor import ROOT
+from bench.meeting import ROOT
 
 REPEATS = 9
 _EMPTY = "pass"

@@ -138,6 +138,10 @@ class CoreGroup:
         found, signature = self._recent[sequence % _RECENT]
         return sequence.to_bytes(4, sys.byteorder) + signature[4:] if found == sequence else None
 
+    def newest_algorithm(self) -> str | None:
+        """Return the name of the schedule that was made last, None before any was; for measurements."""
+        return next(reversed(self._plans.values())).program.name if self._plans else None
+
     def _plan(self, call: Call) -> _Ready:
         row_items = _count(call.shape[1:])
         schedule = choose(

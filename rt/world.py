@@ -127,6 +127,11 @@ class World:
             self._break(group, verdict)
         return group
 
+    def links(self) -> dict[int, str]:
+        """Return how this rank reaches each other one: ``tcp HOST:PORT`` (of the first socket), or ``relayed`` without a connection."""
+        peers = (peer for peer in range(self.size) if peer != self.rank)
+        return {peer: f"tcp {self.addresses[peer]}" if peer in self.addresses else "relayed" for peer in peers}
+
     # -- loops
 
     def driver(self, loop: asyncio.AbstractEventLoop) -> LoopDriver:

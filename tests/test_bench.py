@@ -1,6 +1,8 @@
-"""The benchmark measures what it says: protocol, checks, statistics and formats. No test here looks at how fast anything is.
+"""``rt.bench`` as its users meet it: the command line, the conductor and its workers, and what is watched rather than timed.
 
-May live here: tests of ``bench``. Those that start peers are skipped where ``make peers`` has not run.
+May live here: tests of ``bench/__main__.py``, ``options.py``, ``conductor.py``, ``worker.py`` and of the commands that watch. May not:
+collectives (``test_bench_collectives``), tables (``test_bench_report``), jobs (``test_bench_job``). No test here looks at how fast
+anything is.
 """
 
 from __future__ import annotations
@@ -10,118 +12,30 @@ import asyncio
 import json
 import os
 import re
-import socket
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
+import rt
 from bench import __main__ as command_line
-from bench import all_reduce, conductor, fused, idle, imports, loop_lag, probe, report, worker
+from bench import conductor, fused, idle, imports, local, loop_lag, measure, options, probe
+from bench.collectives import COLLECTIVES
+from bench.samples import Cell
 
-OPTIONS = all_reduce.Options(
-    size=2, min_bytes=4, max_bytes=256, factor=8, iters=7, warmup=1, fronts=("sync", "async"), peers=(), check=True
-)
-# What scripts written for nccl-tests look for: size count type redop root, then time algbw busbw #wrong twice.
-ROW = re.compile(
-    r"^\s*(\d+)\s+(\d+)\s+(\w+)\s+(\w+)\s+(-?\d+)" + r"\s+([\d.]+|N/A)\s+([\d.]+|N/A)\s+([\d.]+|N/A)\s+(\d+|N/A)" * 2 + "$", re.M
-)
-AVERAGE = re.compile(r"^# Avg bus bandwidth\s*:\s*([\d.]+)", re.M)
-OUT_OF_BOUNDS = re.compile(r"^# Out of bounds values\s*:\s*(\d+) (OK|FAILED)", re.M)
+ROW = re.compile(r"^\s*(\d+)\s+(\d+)\s+\w+\s+\w+\s+-?\d+\s+([\d.]+)", re.M)
 
 
-def cell(*rounds: tuple[float, ...], wrong: int | None = 0) -> all_reduce.Cell:
-    return all_reduce.Cell(rounds, wrong)
+def made_up(wanted: measure.Options, wrong: int = 0) -> measure.Result:
+    """A result as if every size had taken 1 ms in every place."""
+    cells = {place: Cell((((1e-3,),) * wanted.size,), wrong) for place in wanted.collective.places("rt")}
+    greeting = {"pid": 1, "host": "here", "cpu": "A CPU", "kernel": "Linux", "uses": {}, "links": {}}
+    rows = {name: [measure.Row(count, cells, "ring") for count in wanted.counts] for name in wanted.systems}
+    return measure.Result(wanted, rows, dict.fromkeys(rows, [greeting] * wanted.size), dict.fromkeys(rows, 0.0))
 
 
-def made_up(wrong: int = 0, peers: tuple[str, ...] = ("gloo",)) -> all_reduce.Result:
-    """A result whose numbers are known: 1 MiB in 1 ms out of place and 0.5 ms in place, gloo in 3 and 2 ms."""
-    size = 1 << 20
-    options = all_reduce.Options(4, size, size, 2, None, 5, ("sync",), peers, True)
-    ours = all_reduce.Row(size, cell((1e-3, 1e-3), (1e-3,), wrong=wrong), cell((5e-4,), (5e-4,)))
-    theirs = all_reduce.Row(size, cell((3e-3,), (3e-3,)), cell((2e-3,), (2e-3,)))
-    rows = {"rt sync": [ours], **{peer: [theirs] for peer in peers}}
-    return all_reduce.Result(options, rows, {name: [1, 2, 3, 4] for name in rows}, {name: {} for name in rows}, dict.fromkeys(rows, 0.0))
-
-
-# --- what the worker does ---------------------------------------------------------------------------------------------------------------
-
-
-class Alone(worker.Adapter):
-    """A system of one rank, whose all-reduce is what the test says."""
-
-    def __init__(self, reduce: Callable[[worker.Floats, worker.Floats], None]) -> None:
-        super().__init__(0, 1)
-        self.reduce = reduce
-
-    def barrier(self) -> None:
-        pass
-
-    def bind(self, x: worker.Floats, out: worker.Floats) -> Callable[[], Any]:
-        return lambda: self.reduce(x, out)
-
-
-def measured(reduce: Callable[[worker.Floats, worker.Floats], None], in_place: bool = False) -> worker.Answer:
-    command = {"bytes": 4096, "in_place": in_place, "warmup": 2, "samples": 3, "check": True}
-    return worker.measure(Alone(reduce), command)
-
-
-def copy(x: worker.Floats, out: worker.Floats) -> None:
-    out[...] = x
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_right_result_has_nothing_wrong_and_warm_up_is_not_counted(in_place: bool) -> None:
-    answer = measured(copy, in_place)
-    assert answer["wrong"] == 0
-    assert len(answer["ns"]) == 3
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_one_wrong_element_is_found(in_place: bool) -> None:
-    def off_by_one(x: worker.Floats, out: worker.Floats) -> None:
-        out[...] = x
-        out[17] += 1
-
-    assert measured(off_by_one, in_place)["wrong"] == 1
-
-
-def test_nan_is_wrong() -> None:
-    assert measured(lambda x, out: out.fill(np.nan))["wrong"] == 1024
-
-
-def test_result_left_by_an_earlier_call_is_wrong() -> None:
-    calls = []
-
-    def only_first(x: worker.Floats, out: worker.Floats) -> None:
-        if not calls:
-            out[...] = x
-        calls.append(1)
-
-    assert measured(only_first)["wrong"] == 1024
-
-
-def test_in_place_starts_from_fresh_values_each_time() -> None:
-    def doubled(x: worker.Floats, out: worker.Floats) -> None:
-        assert x[0] == 1
-        x *= 2
-
-    assert measured(doubled, in_place=True)["wrong"] == 1024
-
-
-def test_unchecked_is_none() -> None:
-    command = {"bytes": 64, "in_place": False, "warmup": 0, "samples": 1, "check": False}
-    assert worker.measure(Alone(copy), command)["wrong"] is None
-
-
-def test_expected_sum_is_exact_and_tells_swapped_chunks_apart() -> None:
-    total = sum(worker.pattern(rank + 1, 5000) for rank in range(4))
-    assert worker.count_wrong(np.asarray(total), 4) == 0
-    assert worker.count_wrong(np.roll(np.asarray(total), 1024), 4) > 0
+def parsed(*words: str, job_size: int | None = None) -> measure.Options:
+    return options.options(command_line.parser().parse_args(words), job_size)
 
 
 # --- conductor and worker ---------------------------------------------------------------------------------------------------------------
@@ -182,236 +96,133 @@ def test_worker_answers_an_exception_and_goes_on(monkeypatch: pytest.MonkeyPatch
             system.ask({"do": "bad"})
 
 
-def test_both_front_ends_are_measured_over_real_ranks() -> None:
-    result = all_reduce.run(OPTIONS)
-    assert list(result.rows) == ["rt sync", "rt async"]
-    for rows in result.rows.values():
-        assert [row.nbytes for row in rows] == [4, 32, 256]
-        for row in rows:
-            assert [sum(map(len, each.rounds)) for each in row.cells] == [7, 7]
-            assert [len(each.rounds) for each in row.cells] == [all_reduce.ROUNDS] * 2
-            assert all(each.wrong == 0 and each.seconds > 0 for each in row.cells)
-    assert len(set(result.pids["rt sync"] + result.pids["rt async"])) == 4
-    assert result.uses["rt async"]["loop"].split()[0] in ("uvloop", "asyncio")
-    assert len(ROW.findall(report.text(result))) == 6
-
-
-@pytest.mark.skipif(not (conductor.ROOT / ".venv-peers").exists(), reason="no peers here: `make peers` installs them")
-def test_peers_are_measured_beside_us_and_return_right_sums() -> None:
-    options = all_reduce.Options(2, 64, 64, 2, 5, 1, ("sync",), ("gloo", "mlx"), True)
-    result = all_reduce.run(options)
-    assert result.wrong == 0
-    assert result.rows["mlx"][0].in_place is None
-    (compared,) = report.as_json(result)["comparison"]
-    assert set(compared["out_of_place"]["ratio"]) == {"gloo", "mlx"}
-    assert set(compared["in_place"]["ratio"]) == {"gloo"}
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_what_ours_are_held_against_needs_no_peers(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RT_PEERS_PYTHON", "/nowhere/python")
-    result = all_reduce.run(all_reduce.Options(size, 4, 1 << 20, 1 << 9, 5, 1, ("sync",), ("nospin", "tcp"), True))
-    assert result.wrong == 0
-    assert [row.in_place for row in result.rows["tcp"]] == [None, None, None]
-    for row in report.as_json(result)["comparison"]:
-        assert set(row["out_of_place"]["ratio"]) == {"nospin", "tcp"}
-        assert row["out_of_place"]["nwrong"] == {"rt sync": 0, "nospin": 0, "tcp": None}
-
-
-@pytest.mark.parametrize(("size", "share"), [(2, 300_000), (3, 400_000)])
-def test_the_bare_exchange_moves_the_bytes_of_an_all_reduce(size: int, share: int) -> None:
-    ends = socket.socketpair(), socket.socketpair()
-    lane = worker.Tcp(0, size)
-    lane._right, lane._left = ends[0][0], ends[1][0]
-    source, target = np.arange(75_000, dtype=np.float32), np.zeros(75_000, np.float32)
-    arrived = bytearray()
-
-    def neighbours() -> None:
-        ends[1][1].sendall((source.tobytes() * 2)[:share])
-        while len(arrived) < share:
-            arrived.extend(ends[0][1].recv(1 << 16))
-
-    for end in (lane._right, lane._left):
-        end.setblocking(False)
-    thread = threading.Thread(target=neighbours)
-    thread.start()
-    lane.bind(source, target)()
-    thread.join()
-    assert arrived == (source.tobytes() * 2)[:share]
-    assert np.array_equal(target, source)
-    for pair in ends:
-        for end in pair:
-            end.close()
-
-
-# --- statistics -------------------------------------------------------------------------------------------------------------------------
-
-
-def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
-    # The host is ten times slower in the second round, and hits both: medians over all samples would compare different moments.
-    ours = cell((1.0, 1.0, 1.0), (10.0,), (1.0,))
-    theirs = cell((2.0,), (20.0, 20.0, 20.0), (3.0,))
-    assert theirs.ratio(ours) == 2.0
-    assert theirs.seconds / ours.seconds == 20.0
-
-
-def test_slowest_rank_counts_per_sample() -> None:
-    assert all_reduce.slowest([[1_000, 5_000], [3_000, 2_000]]) == (3e-6, 5e-6)
-    with pytest.raises(ValueError, match="shorter"):
-        all_reduce.slowest([[1, 2], [1]])
-
-
-@pytest.mark.parametrize("samples", [1, 3, 5, 7, 1000])
-def test_samples_are_shared_out_without_loss(samples: int) -> None:
-    shares = all_reduce.share_out(samples)
-    assert sum(shares) == samples
-    assert len(shares) == min(samples, all_reduce.ROUNDS)
-    assert min(shares) >= 1 and max(shares) - min(shares) <= 1
-
-
-def test_slow_sizes_still_get_samples_and_fast_ones_not_too_many() -> None:
-    assert all_reduce.affordable(10.0) >= 5
-    assert all_reduce.affordable(4e-3) == 100
-    assert all_reduce.affordable(1e-9) == all_reduce.affordable(1e-8) == 20_000
-
-
-def test_bus_bandwidth_is_nccl_tests_definition() -> None:
-    assert report.bandwidths(2097152, 113.2e-6, 2) == pytest.approx((18.53, 18.53), abs=5e-3)
-    assert report.bandwidths(10**9, 1.0, 4) == pytest.approx((1.0, 1.5))
-
-
-# --- formats ----------------------------------------------------------------------------------------------------------------------------
-
-
-def test_text_is_read_by_what_reads_nccl_tests() -> None:
-    text = report.text(made_up())
-    (row,) = ROW.findall(text)
-    assert row == ("1048576", "262144", "float", "sum", "-1", "1000.0", "1.05", "1.57", "0", "500.0", "2.10", "3.15", "0")
-    assert OUT_OF_BOUNDS.findall(text) == [("0", "OK")]
-    assert [float(average) for average in AVERAGE.findall(text)] == pytest.approx([2.359296], abs=1e-4)
-    assert "# Collective test concluded: all_reduce_perf" in text.splitlines()
-
-
-def test_columns_end_below_their_titles() -> None:
-    lines = report.text(made_up()).splitlines()
-    assert f"#{' ' * 62}out-of-place{' ' * 23}in-place" in lines
-    titles = next(line for line in lines if re.match(r"#\s+size\s+count", line))
-    row = next(line for line in lines if ROW.match(line))
-    assert [match.end() for match in re.finditer(r"\S+", titles[1:])] == [match.end() - 1 for match in re.finditer(r"\S+", row)]
-
-
-@pytest.mark.parametrize(("value", "shown"), [(93.349, "  93.35"), (113.24, "  113.2"), (9999.4, " 9999.4"), (12345.6, "  12346")])
-def test_numbers_keep_their_column(value: float, shown: str) -> None:
-    assert report.number(value, 7) == shown
-
-
-def test_what_a_system_cannot_do_is_not_a_number() -> None:
-    result = made_up(peers=())
-    result.rows["rt sync"][0] = all_reduce.Row(1 << 20, None, cell((1e-3,), wrong=None))
-    (row,) = ROW.findall(report.text(result))
-    assert row[5:] == ("N/A", "N/A", "N/A", "N/A", "1000.0", "1.05", "1.57", "N/A")
-
-
-def test_comparison_shows_medians_and_ratios() -> None:
-    lines = report.comparison(made_up())
-    for heading, numbers in (("# Out of place", [1048576, 1000.0, 3000.0, 3.0]), ("# In place", [1048576, 500.0, 2000.0, 4.0])):
-        start = next(index for index, line in enumerate(lines) if line.startswith(heading))
-        titles, row = [line for line in lines[start:] if not line.startswith("# gloo")][1:3]
-        assert re.split(r"\s{2,}", titles) == ["#", "size (B)", "rt sync (us)", "gloo (us)", "gloo/sync"]
-        assert [float(word) for word in row.split()] == numbers
-    assert any("gloo reduces in place only" in line for line in lines)
-
-
-def test_peer_that_burns_the_core_between_turns_is_reported() -> None:
-    result = made_up()
-    result.idle_shares["gloo"] = 0.9
-    assert "# warning: gloo used 90% of a core per rank between its turns" in report.text(result)
-
-
-def test_json_mirrors_the_table() -> None:
-    found = json.loads(json.dumps(report.as_json(made_up(wrong=3))))
-    assert {"config", "devices", "results", "out_of_bounds", "average_bus_bandwidth", "errors"} <= set(found)
-    assert found["out_of_bounds"] == {"count": 3, "okay": False}
-    assert found["average_bus_bandwidth"]["bandwidth"] == pytest.approx(2.359296)
-    assert [device["rank"] for device in found["devices"]] == [0, 1, 2, 3]
-    (row,) = found["results"]
-    assert (row["size"], row["count"], row["type"], row["redop"], row["root"]) == (1048576, 262144, "float", "sum", -1)
-    assert row["out_of_place"]["time"] == pytest.approx(1000.0)
-    assert row["out_of_place"]["nwrong"] == 3
-    assert row["in_place"]["alg_bw"] == pytest.approx(2.097152)
-    assert found["comparison"][0]["out_of_place"]["ratio"] == {"gloo": {"rt sync": pytest.approx(3.0)}}
-    assert found["comparison"][0]["in_place"]["ratio"] == {"gloo": {"rt sync": pytest.approx(4.0)}}
-
-
 # --- command line -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("word", "count"), [("4", 4), ("64K", 65536), ("1m", 1 << 20), ("2G", 2 << 30), ("8KB", 8192)])
 def test_byte_counts(word: str, count: int) -> None:
-    assert command_line.byte_count(word) == count
+    assert options.byte_count(word) == count
 
 
-@pytest.mark.parametrize("word", ["", "x", "3", "-4", "1.5M", "64T"])
+@pytest.mark.parametrize("word", ["", "x", "0", "-4", "1.5M", "64T"])
 def test_wrong_byte_counts_are_refused(word: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        command_line.byte_count(word)
+        options.byte_count(word)
 
 
 @pytest.mark.parametrize(
     ("argv", "hint"),
     [
-        (["all_reduce", "-n", "1"], "at least 2"),
-        (["all_reduce", "-b", "64", "-e", "16"], "-e 16 is below -b 64"),
-        (["all_reduce", "--front", "sync,both"], "'both' is unknown; known: sync, async"),
-        (["all_reduce", "--iters", "few"], "found 'few'"),
-        (["nothing"], "invalid choice"),
-        ([], "required"),
+        ("all_reduce -n 1", "at least 2"),
+        ("all_reduce -b 64 -e 16", "-e 16 is below -b 64"),
+        ("all_reduce -b 1 -e 3", "-e 3 leaves no float"),
+        ("all_gather -n 4 -e 63", "-e 63 leaves no float in each of 4 blocks of whole 16 bytes"),
+        ("all_reduce --front sync,both", "'both' is unknown; known: sync, async"),
+        ("all_reduce --iters few", "found 'few'"),
+        ("all_reduce -f 2 -i 64", "not allowed with"),
+        ("all_reduce -d float32", "invalid choice: 'float32'"),
+        ("all_reduce -o mean", "invalid choice: 'mean'"),
+        ("all_reduce -o avg -d int8", "-o avg: found dtype int8, expected one of half"),
+        ("all_reduce -r 0", "unrecognized"),
+        ("broadcast -r 2", "-r 2: expected a rank below 2"),
+        ("barrier -b 4", "unrecognized"),
+        ("broadcast --peers tcp", "--peers: tcp has no broadcast; of the peers, gloo, nospin have"),
+        ("nothing", "invalid choice"),
+        ("", "required"),
     ],
 )
-def test_mistakes_exit_2_and_say_what_was_expected(argv: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_exit_2_and_say_what_was_expected(argv: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        command_line.main(argv)
+        command_line.main(argv.split())
     assert caught.value.code == 2
     assert hint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["all_reduce", "loop_lag", "idle", "fused", "import"])
+@pytest.mark.parametrize(
+    ("argv", "hint"), [("-n 3", "-n 3: found a job of 4 ranks"), ("--peers gloo", "--peers gloo starts ranks of its own")]
+)
+def test_what_a_job_decides_cannot_be_asked_for(argv: str, hint: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(hint)):
+        parsed("all_reduce", *argv.split(), job_size=4)
+    assert parsed("all_reduce", "-n", "4", job_size=4).size == parsed("all_reduce", job_size=4).size == 4
+
+
+@pytest.mark.parametrize("command", [*COLLECTIVES, "loop_lag", "idle", "import"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command_line.main([command, "--help"])
     assert caught.value.code == 0
-    assert len(capsys.readouterr().out) > 300
+    shown = capsys.readouterr().out
+    assert len(shown) > 300
+    if command in COLLECTIVES:
+        assert COLLECTIVES[command].program in shown
+        assert "-n is the number of ranks and --iters that of iterations" in " ".join(shown.split())
+
+
+def test_nccl_tests_letters_mean_what_they_mean_there() -> None:
+    found = parsed(*"reduce_scatter -n 3 -b 1K -e 3K -i 1K -d half -o max -w 2 -c 0 --iters 9 --front async".split())
+    assert found == measure.Options(
+        COLLECTIVES["reduce_scatter"], 3, 1024, 3072, 4, 1024, 9, 2, "half", "max", 0, ("async",), (), False
+    )
+    assert [found.nbytes(count) for count in found.counts] == [1008, 2016, 3072]
+    assert parsed(*"broadcast -r 1 -f 2".split()).root == 1
+
+
+def test_defaults_are_what_the_help_says() -> None:
+    found = parsed("all_reduce")
+    assert found == measure.Options(COLLECTIVES["all_reduce"], 2, 4, 64 << 20, 4, None, None, 5, "float", "sum", 0, ("sync", "async"))
+    assert [found.nbytes(count) for count in (found.counts[0], found.counts[-1])] == [4, 64 << 20]
 
 
 def test_missing_peers_are_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RT_PEERS_PYTHON", "/nowhere/python")
-    monkeypatch.setattr(all_reduce, "run", lambda options: pytest.fail("started"))
+    monkeypatch.setattr(local, "run", lambda wanted: pytest.fail("started"))
     assert command_line.main(["all_reduce", "--peers", "gloo"]) == 1
     assert re.search(r"/nowhere/python does not exist; `make peers`", capsys.readouterr().err)
 
 
+def test_collective_that_this_version_lacks_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delattr(rt, "broadcast")
+    assert command_line.main(["broadcast"]) == 1
+    assert "this version of rt has no broadcast" in capsys.readouterr().err
+
+
 def test_wrong_results_fail_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(all_reduce, "run", lambda options: made_up(wrong=2))
-    assert command_line.main(["all_reduce"]) == 1
-    assert OUT_OF_BOUNDS.findall(capsys.readouterr().out) == [("2", "FAILED")]
+    monkeypatch.setattr(local, "run", lambda wanted: made_up(wanted, wrong=2))
+    assert command_line.main(["all_reduce", "-e", "4"]) == 1
+    assert "# Out of bounds values : 4 FAILED" in capsys.readouterr().out
 
 
-def test_json_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(all_reduce, "run", lambda options: made_up())
-    assert command_line.main(["all_reduce", "--json", "-"]) == 0
+@pytest.mark.parametrize("flag", ["--json", "-J"])
+def test_json_goes_where_it_is_told(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(local, "run", made_up)
+    assert command_line.main(["all_reduce", flag, "-"]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["results"][0]["size"] == 1048576
+    assert json.loads(printed.out)["results"][0]["size"] == 4
     assert ROW.search(printed.err)
-    assert command_line.main(["all_reduce", "--json", str(tmp_path / "found.json")]) == 0
-    assert ROW.search(capsys.readouterr().out)
-    assert json.loads((tmp_path / "found.json").read_text())["out_of_bounds"]["okay"] is True
+    target = tmp_path / "found.json"
+    assert command_line.main(["all_reduce", flag, str(target)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"# Writing JSON output to {target}\n")
+    assert json.loads(target.read_text())["out_of_bounds"]["okay"] == "true"
 
 
-def test_defaults_are_what_the_help_says() -> None:
-    arguments = command_line.parser().parse_args(["all_reduce"])
-    options = command_line._options(arguments)
-    assert options == all_reduce.Options(2, 4, 64 << 20, 4, None, 5, ("sync", "async"), (), True)
-    assert options.sizes[0] == 4 and options.sizes[-1] == 64 << 20
+@pytest.mark.parametrize(("shape", "hint"), [("nccl", "busbw"), ("osu", "# OSU MPI-style Allreduce"), ("gloo", "BENCHMARK RESULTS")])
+def test_formats_are_told_apart(shape: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(local, "run", made_up)
+    assert command_line.main(["all_reduce", "--format", shape, "-e", "4"]) == 0
+    assert hint in capsys.readouterr().out
+
+
+def test_plot_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(local, "run", made_up)
+    assert command_line.main(["all_reduce", "--plot", str(tmp_path / "f.png")]) == 0
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+
+
+def test_whole_runs_print_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main("all_reduce -b 4 -e 64 -f 4 --iters 2 -w 0 --front sync".split()) == 0
+    assert [match[1] for match in ROW.finditer(capsys.readouterr().out)] == ["4", "16", "64"]
 
 
 # --- what is watched rather than timed --------------------------------------------------------------------------------------------------

@@ -1,0 +1,151 @@
+"""The options of ``rt.bench COLLECTIVE``: nccl-tests' letters where they mean the same.
+
+May live here: those options, their help, and what is wrong about them. May not: the other commands (``__main__.py``), measuring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench import measure, report
+from bench.collectives import COLLECTIVES, Collective
+from bench.conductor import PEERS
+from bench.data import DTYPES, OPS
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_FRONTS = ("sync", "async")
+_FLOATS = ("half", "bfloat16", "float", "double")
+
+_HELP = (
+    "Time {name}. The table is nccl-tests' ({program}): time is the median over samples, each sample starts at a barrier and the slowest "
+    "rank counts; algbw = size / time; busbw is what the wire carries, for any number of ranks; #wrong counts elements that differ from "
+    "the exact result. {sizes}Lines of our own begin with #: where it ran, and all systems side by side.",
+    "Letters are nccl-tests' (-b -e -f -i -w -d -o -r -c -J), but: -n is the number of ranks and --iters that of iterations, since "
+    "every rank is a process and there is neither -t nor -g. Inside a job (rt.launch, torchrun, mpirun with RT_COORDINATOR) its ranks are "
+    "measured and none are started.",
+    "With --peers the same is measured of other systems, in turns with ours; a ratio above 1 means that rt is faster. gloo and mlx need "
+    "`make peers`; nospin is rt's blocking front end without its brief polling (what an event loop costs), tcp a bare exchange of the same "
+    "bytes (what the kernel costs).",
+)
+_BLOCKS = (
+    "The size is that of the larger buffer, which holds a block of whole 16 bytes per rank, as nccl-tests has it; sizes that leave no "
+    "block are left out. "
+)
+_WIDTH = 100
+
+
+def byte_count(word: str) -> int:
+    """Parse 4, 64K, 1M, 2G (binary units, as nccl-tests has them)."""
+    match = re.fullmatch(r"(\d+)([KMG]?)B?", word.upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{word!r} is no byte count; expected a number with K, M or G behind it or nothing, as in 64M")
+    count = int(match[1]) * _UNITS[match[2]]
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no size to measure; expected at least one byte")
+    return count
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a parser of integers that are not below ``least``."""
+
+    def parse(word: str) -> int:
+        if not re.fullmatch(r"\d+", word) or int(word) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, found {word!r}")
+        return int(word)
+
+    return parse
+
+
+def iterations(word: str) -> int | None:
+    """Parse a number of samples; ``auto`` is None."""
+    return None if word == "auto" else at_least(1)(word)
+
+
+def choice_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return a parser of comma-separated names out of ``known``; the order is kept, repetitions are not."""
+
+    def parse(word: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(word.split(",")))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; known: {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def description(collective: Collective) -> str:
+    """Return what ``--help`` says of a collective."""
+    sizes = _BLOCKS if any(collective.blocks) else ""
+    paragraphs = (part.format(name=collective.name, program=collective.program, sizes=sizes) for part in _HELP)
+    return "\n\n".join(textwrap.fill(part, _WIDTH) for part in paragraphs)
+
+
+def add(command: argparse.ArgumentParser, collective: Collective) -> None:
+    """Add the options of one collective."""
+    option = command.add_argument
+    if collective.moves:
+        option("-b", type=byte_count, default="4", metavar="BYTES", help="smallest size (default: 4)")
+        option("-e", type=byte_count, default="64M", metavar="BYTES", help="largest size (default: 64M)")
+        step = command.add_mutually_exclusive_group()
+        step.add_argument("-f", type=at_least(2), metavar="FACTOR", help="from one size to the next (default: 4)")
+        step.add_argument("-i", type=byte_count, metavar="BYTES", help="add this to each size for the next, instead of -f")
+        option("-d", choices=tuple(DTYPES), default="float", help="dtype, as nccl-tests calls it (default: float)")
+    if collective.reduces:
+        option("-o", choices=tuple(OPS), default="sum", help="operator (default: sum)")
+    if collective.rooted:
+        option("-r", type=at_least(0), default=0, metavar="ROOT", help="root (default: 0)")
+    option("--iters", type=iterations, default="auto", metavar="N", help="samples per size (default: auto, about 0.4 s)")
+    option("-w", type=at_least(0), default=5, metavar="N", help="calls before the clock runs, per size (default: 5)")
+    option("-c", type=int, choices=(0, 1), default=1, help="verify the results (default: 1)")
+    option("--front", type=choice_of(_FRONTS), default="sync,async", help="front ends of rt, the table's first (default: sync,async)")
+    option("--peers", type=choice_of(PEERS), default=(), help=f"systems to compare with, out of {','.join(PEERS)}")
+    option("--stats", action="store_true", help="also least, largest, 99th percentile and standard deviation over mean of the samples")
+    option("--format", choices=report.FORMATS, default="nccl", help="whose table (default: nccl)")
+    option("--plot", metavar="F.png", help="also draw time over size, all systems; needs matplotlib (pip install rt-collectives[bench])")
+
+
+def options(arguments: argparse.Namespace, job_size: int | None = None) -> measure.Options:
+    """Return what a command line asks for; ``job_size`` is the number of ranks where they are not ours to start.
+
+    Raises:
+        argparse.ArgumentTypeError: it contradicts itself, the collective, or the job.
+    """
+    collective = COLLECTIVES[arguments.command]
+    given: dict[str, Any] = vars(arguments)
+    size = _size(arguments.n, job_size)
+    if job_size is not None and arguments.peers:
+        raise argparse.ArgumentTypeError(f"--peers {','.join(arguments.peers)} starts ranks of its own, which cannot be done inside a job")
+    for peer in arguments.peers:
+        if not measure.places(peer, collective):
+            able = [name for name in PEERS if measure.places(name, collective)]
+            raise argparse.ArgumentTypeError(f"--peers: {peer} has no {collective.name}; of the peers, {', '.join(able)} have")
+    if given.get("o") == "avg" and arguments.d not in _FLOATS:
+        raise argparse.ArgumentTypeError(f"-o avg: found dtype {arguments.d}, expected one of {', '.join(_FLOATS)}")
+    if given.get("r", 0) >= size:
+        raise argparse.ArgumentTypeError(f"-r {arguments.r}: expected a rank below {size}")
+    sizes = {} if not collective.moves else {
+        "min_bytes": arguments.b, "max_bytes": arguments.e, "step_bytes": arguments.i, "factor": arguments.f or 4, "dtype": arguments.d
+    }  # fmt: skip
+    found = measure.Options(
+        collective, size, **sizes, iters=arguments.iters, warmup=arguments.w, op=given.get("o", "sum"), root=given.get("r", 0),
+        fronts=arguments.front, peers=arguments.peers, check=bool(arguments.c),
+    )  # fmt: skip
+    if found.max_bytes < found.min_bytes:
+        raise argparse.ArgumentTypeError(f"-e {found.max_bytes} is below -b {found.min_bytes}")
+    if not found.counts:
+        blocks = f" in each of {size} blocks of whole 16 bytes" if any(collective.blocks) else ""
+        raise argparse.ArgumentTypeError(f"-e {found.max_bytes} leaves no {found.dtype}{blocks}")
+    return found
+
+
+def _size(asked: int | None, job_size: int | None) -> int:
+    if job_size is None:
+        return asked or 2
+    if asked not in (None, job_size):
+        raise argparse.ArgumentTypeError(f"-n {asked}: found a job of {job_size} ranks, and inside a job none are started")
+    return job_size

@@ -1,0 +1,78 @@
+"""``make results``: measure all_reduce over 2 and 4 ranks, and write README's table and picture from what was found.
+
+May live here: that table and where it goes. May not: measuring. Run as ``python -m bench.readme README.md docs/all_reduce.png``.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import date
+from pathlib import Path
+
+from bench import host, local, plot
+from bench.collectives import COLLECTIVES
+from bench.measure import Options, Result
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+
+def section(results: list[Result], picture: str) -> str:
+    """Return what stands between the markers: how it was measured, the picture, and a table with a part per result."""
+    facts = host.facts()
+    versions = {}
+    for result in results:
+        for greetings in result.greetings.values():
+            versions.update(greetings[0]["uses"])
+    uses = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if name != "loop")
+    titles, columns = [], []
+    for result in results:
+        for position, name in enumerate(result.options.systems):
+            short = name.removeprefix("rt ")
+            titles.append(f"{short}, {result.options.size} ranks" if position == 0 else short)
+            columns.append([f"{row.cells['out_of_place'].seconds * 1e6:,.0f}".replace(",", " ") for row in result.rows[name]])
+        for peer in result.options.peers:
+            for front in result.options.fronts:
+                titles.append(f"{peer}/{front}")
+                pairs = zip(result.rows[peer], result.rows[f"rt {front}"], strict=True)
+                columns.append([f"{mine.cells['out_of_place'].ratio(ours.cells['out_of_place']):.2f}" for mine, ours in pairs])
+    sizes = [plot.binary(results[0].options.nbytes(row.count)) for row in results[0].rows[results[0].main]]
+    lines = [
+        "`all_reduce` of float32 over TCP on loopback, out of place with `out=`, median us. "
+        f"{facts['cores']} cores ({facts['cpu']}), {facts['kernel']}; {uses}; load average {facts['load']}; {date.today().isoformat()}.",
+        "A ratio is the peer's time over ours, in turns in one run.",
+        "",
+        f"![time over size, logarithmic, rt and peers]({picture})",
+        "",
+        f"| bytes | {' | '.join(titles)} |",
+        "|---" * (len(titles) + 1) + "|",
+        *(f"| {size} | {' | '.join(column[index] for column in columns)} |" for index, size in enumerate(sizes)),
+    ]
+    return "\n".join(lines)
+
+
+def replaced(text: str, between: str) -> str:
+    """Return a page with what stands between its markers replaced.
+
+    Raises:
+        ValueError: it does not have each marker once, in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in after or END in before + after:
+        raise ValueError(f"expected {BEGIN} and after it {END}, once each")
+    return f"{before}{BEGIN}\n{between}\n{END}{after}"
+
+
+def main() -> None:
+    """Measure, draw and write."""
+    page, picture = map(Path, sys.argv[1:])
+    text = page.read_text(encoding="utf-8")
+    replaced(text, "")  # now: not after minutes of measuring
+    collective = COLLECTIVES["all_reduce"]
+    results = [local.run(Options(collective, size, peers=peers)) for size, peers in ((2, ("gloo", "mlx")), (4, ("gloo",)))]
+    plot.draw(results[0], picture)
+    page.write_text(replaced(text, section(results, str(picture.relative_to(page.parent)))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
