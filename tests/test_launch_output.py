@@ -279,3 +279,16 @@ def test_another_ranks_line_breaks_an_unfinished_one() -> None:
     assert bytes(sink.waiting) == b"[0] half of it, more\n[1] whole\n[0] rest\n"
 
 
+
+
+@pytest.mark.parametrize(("echoed", "end"), [(True, b""), (False, b"\n")])
+def test_an_answer_ends_the_line_of_its_prompt(echoed: bool, end: bytes) -> None:
+    sink = Sink(-1)
+    stream = Stream(sys.stdin.buffer, b"[0] ", sink, -1)
+    for _ in range(2):
+        stream.feed(b"what? ", 0.0)
+        stream.flush()
+        sink.answered(echoed=echoed)
+        sink.answered(echoed=echoed)  # a second answer, and no prompt in between
+        stream.feed(b"you said\n", 0.0)
+    assert bytes(sink.waiting) == (b"[0] what? " + end + b"[0] you said\n") * 2
