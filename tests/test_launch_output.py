@@ -18,6 +18,7 @@ from launching import (
     PREAMBLE,
     WAIT_FOR_EVER,
     environment,
+    last_line,
     launch,
     launch_source,
     launcher,
@@ -86,6 +87,14 @@ def test_a_reader_that_leaves_ends_the_job(script: Path) -> None:
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait(PATIENCE) == 128 + signal.SIGPIPE
+
+
+@linux
+def test_a_full_disk_ends_the_job(script: Path) -> None:
+    script.write_text("while True: print('y')")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(launcher("-n", "2", str(script)), stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=PATIENCE)
+    assert (done.returncode, last_line(done.stderr)) == (1, "rt.launch: cannot write our output: No space left on device")
 
 
 def test_an_output_nobody_reads_does_not_stop_signals(script: Path) -> None:
