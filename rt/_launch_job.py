@@ -10,6 +10,7 @@ a process is made (``_launch_ranks``), and anything that talks to a group: a ran
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import select
@@ -190,7 +191,9 @@ class Job:
         """Return the seconds to the next deadline, None if there is none."""
         now = time.monotonic()
         times = [stream.due for stream in self._streams]
-        times += [self._deadline, self._limit if self._plan is None else None, self._input.due(now) if self._input else None]
+        times += [self._deadline, self._input.due(now) if self._input else None]
+        if self._plan is None and not self._all_ended():
+            times.append(self._limit)
         return min((max(0.0, due - now) for due in times if due is not None), default=None)
 
     def _attend(self, now: float) -> None:
@@ -200,8 +203,10 @@ class Job:
                 stream.flush()
         if self._input is not None:
             self._input.attend(now)
-        if self._out.broken or self._err.broken:
-            self._fail(128 + signal.SIGPIPE, "the reader of our output has gone")
+        if broken := self._out.broken or self._err.broken:
+            gone = broken.errno == errno.EPIPE
+            why = "the reader of our output has gone" if gone else f"cannot write our output: {broken.strerror}"
+            self._fail(128 + signal.SIGPIPE if gone else 1, why)
         if self._limit is not None and self._limit <= now and not self._all_ended():
             late = [str(rank.index) for rank in self._ranks if rank.code is None]
             running = f"rank {late[0]} was" if len(late) == 1 else f"ranks {', '.join(late)} were"

@@ -28,6 +28,9 @@ from launching import (
     wait_for_death,
 )
 
+from rt._launch_job import Job
+from rt._launch_options import parse
+
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
@@ -69,7 +72,8 @@ def test_a_second_sigint_kills(script: Path) -> None:
 CHILDREN = """
 import subprocess
 sleep = ["sleep", "1000"]
-same, own_group, own_session = (subprocess.Popen(sleep, **how).pid for how in ({}, {"process_group": 0}, {"start_new_session": True}))
+ways = {}, {"process_group": 0, "env": {"PATH": os.environ["PATH"]}}, {"start_new_session": True}
+same, own_group, own_session = (subprocess.Popen(sleep, **way).pid for way in ways)
 daemon = int(subprocess.check_output(["sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 & echo $!"]))
 print(os.getpid(), same, own_group, own_session, daemon)
 """
@@ -168,6 +172,12 @@ def test_timeout_ends_the_job(script: Path) -> None:
     done = launch("-n", "3", "--timeout", "2.5", str(script))
     assert (done.returncode, last_line(done.stderr)) == (124, "rt.launch: ended by --timeout 2.5: ranks 0, 1 were still running")
     assert sorted(done.stdout.splitlines()) == ["[0] ready", "[1] ready", "[2] ready"]
+
+
+def test_a_timeout_that_passes_while_only_output_is_left_does_not_wake_the_loop() -> None:
+    job = Job(parse(["-n", "2", "--timeout", "5", "true"]), grace=5.0)
+    job._limit = 0.0  # long ago, and no rank runs
+    assert job._patience() is None
 
 
 def test_a_job_within_its_timeout_is_left_alone(script: Path) -> None:

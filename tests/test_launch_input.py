@@ -163,8 +163,7 @@ def test_in_the_background_the_terminal_is_not_ours(script: Path, tmp_path: Path
     with Terminal("bash", "-c", shell, "bash", *launcher("-n", "2", str(script))) as terminal:
         terminal.until("ready", 2)
         terminal.type("mine\n")
-        terminal.until("read mine\r\n")
-        terminal.until("code 0\r\n")
+        terminal.until("read mine\r\n(.|\n)*code 0\r\n")
 
 
 # --- without a launcher --------------------------------------------------------------------------------------------------------------

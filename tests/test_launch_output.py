@@ -18,6 +18,7 @@ from launching import (
     PREAMBLE,
     WAIT_FOR_EVER,
     environment,
+    last_line,
     launch,
     launch_source,
     launcher,
@@ -86,6 +87,14 @@ def test_a_reader_that_leaves_ends_the_job(script: Path) -> None:
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait(PATIENCE) == 128 + signal.SIGPIPE
+
+
+@linux
+def test_a_full_disk_ends_the_job(script: Path) -> None:
+    script.write_text("while True: print('y')")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(launcher("-n", "2", str(script)), stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=PATIENCE)
+    assert (done.returncode, last_line(done.stderr)) == (1, "rt.launch: cannot write our output: No space left on device")
 
 
 def test_an_output_nobody_reads_does_not_stop_signals(script: Path) -> None:
@@ -279,3 +288,16 @@ def test_another_ranks_line_breaks_an_unfinished_one() -> None:
     assert bytes(sink.waiting) == b"[0] half of it, more\n[1] whole\n[0] rest\n"
 
 
+
+
+@pytest.mark.parametrize(("echoed", "end"), [(True, b""), (False, b"\n")])
+def test_an_answer_ends_the_line_of_its_prompt(echoed: bool, end: bytes) -> None:
+    sink = Sink(-1)
+    stream = Stream(sys.stdin.buffer, b"[0] ", sink, -1)
+    for _ in range(2):
+        stream.feed(b"what? ", 0.0)
+        stream.flush()
+        sink.answered(echoed=echoed)
+        sink.answered(echoed=echoed)  # a second answer, and no prompt in between
+        stream.feed(b"you said\n", 0.0)
+    assert bytes(sink.waiting) == (b"[0] what? " + end + b"[0] you said\n") * 2
