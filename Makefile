@@ -2,18 +2,19 @@
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-VENV := .venv
-BIN := $(VENV)/bin
+BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py pyproject.toml $(wildcard rt/*.pyx rt/*.pxi rt/*.h)
 # venv and headers for the build; the test hosts are network namespaces.
 DEBIAN := python3-venv python3-dev iproute2
 N ?= 4
 
-.PHONY: demo test check peers bench wheel packages clean
+.PHONY: demo demo-server test check peers bench wheel packages clean
 
 demo: .stamp-build  ## train a small network on handwritten digits over 4 ranks
 	$(BIN)/rt.launch -n $(N) examples/train_digits.py --compare
+demo-server: .stamp-build  ## answer HTTP from a network that is spread over 4 ranks, until Ctrl-C
+	$(BIN)/rt.launch -n $(N) examples/server.py
 
 test: .stamp-build  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -43,7 +44,7 @@ wheel: .stamp-build  ## a wheel to copy to hosts without a compiler
 	touch $@
 
 .stamp-venv: pyproject.toml .ci/dev-requirements | packages
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -U pip
 	$(BIN)/python -m pip install -q $$($(BIN)/python .ci/dev-requirements)
 	touch $@
