@@ -40,7 +40,7 @@ HEADER_BYTES = 4096  # one small frame; what does not fit costs a second round
 OUT_OF_BAND_BYTES = 65536  # a smaller buffer is copied into the pickle: that costs less than a work of its own
 
 _COUNTS = struct.Struct("<QQ")  # bytes of the pickle, number of buffers out of band; then their sizes, then the pickle, as far as they fit
-_SIZE = np.dtype("<u8")
+_SIZE_BYTES = 8
 
 Array = np.ndarray[Any, Any]
 # Yields works that must end before it goes on; returns the last ones and what makes the result. Later calls wait until it returns.
@@ -57,27 +57,24 @@ class Message:
         buffers: memory out of band: of the sender's object, or of the object to be made.
     """
 
-    def __init__(self, header: Array, stream: Array | None, sizes: Array | None, buffers: list[Array]) -> None:
+    def __init__(self, header: Array, sizes: bytes | None, stream: bytes | None, buffers: list[Array]) -> None:
         self.header = header
         stream_bytes, count = _COUNTS.unpack_from(header.data)
-        self._free = _COUNTS.size  # where the free part of the header begins
+        self._end = _COUNTS.size  # of the used part of the header
         self.first: list[Array] = []
         self._more: list[Array] = []
-        self._sizes = self._place(sizes, count * _SIZE.itemsize, self.first)
-        self.stream = self._place(stream, stream_bytes, self._more)
+        self._sizes = self._place(count * _SIZE_BYTES, sizes, self.first)
+        self.stream = self._place(stream_bytes, stream, self._more)
         self.buffers = buffers
 
-    def _place(self, given: Array | None, nbytes: int, pieces: list[Array]) -> Array:
-        """Return where a part lies: in the header if it fits (what is given is copied there), else in memory that is one of ``pieces``."""
-        at = self._free
-        if at + nbytes > HEADER_BYTES:
-            pieces.append(np.empty(nbytes, np.uint8) if given is None else given)
-            return pieces[-1]
-        part = self.header[at : at + nbytes]
-        if given is not None:
-            part[:] = given
-        self._free = at + nbytes
-        return part
+    def _place(self, nbytes: int, given: bytes | None, pieces: list[Array]) -> Array:
+        """Return where a part lies: in the header if it fits, else in memory that becomes one of ``pieces``: what is given, or new."""
+        begin, end = self._end, self._end + nbytes
+        if end <= HEADER_BYTES:
+            self._end = end
+            return self.header[begin:end]
+        pieces.append(np.empty(nbytes, np.uint8) if given is None else np.frombuffer(given, np.uint8))
+        return pieces[-1]
 
     @classmethod
     def of(cls, obj: Any) -> Message:
@@ -92,10 +89,13 @@ class Message:
             return False
 
         stream = pickle.dumps(obj, protocol=5, buffer_callback=inside)
-        header = np.zeros(HEADER_BYTES, np.uint8)
-        _COUNTS.pack_into(header.data, 0, len(stream), len(views))
-        sizes = np.array([view.nbytes for view in views], _SIZE).view(np.uint8)
-        return cls(header, np.frombuffer(stream, np.uint8), sizes, [np.frombuffer(view, np.uint8) for view in views])
+        head = _COUNTS.pack(len(stream), len(views))
+        sizes = struct.pack(f"<{len(views)}Q", *(view.nbytes for view in views))
+        for part in (sizes, stream):
+            if len(head) + len(part) <= HEADER_BYTES:
+                head += part
+        header = np.frombuffer(head.ljust(HEADER_BYTES, b"\0"), np.uint8)
+        return cls(header, sizes, stream, [np.frombuffer(view, np.uint8) for view in views])
 
     @classmethod
     def arriving(cls, header: Array) -> Message:
@@ -104,7 +104,8 @@ class Message:
 
     def allocate(self) -> None:
         """Find memory for the buffers."""
-        self.buffers = [np.empty(int(nbytes), np.uint8) for nbytes in self._sizes.view(_SIZE)]
+        sizes = struct.unpack(f"<{len(self._sizes) // _SIZE_BYTES}Q", self._sizes.data)
+        self.buffers = [np.empty(nbytes, np.uint8) for nbytes in sizes]
 
     def rest(self) -> list[Array]:
         """The pieces that follow ``first``."""
@@ -173,12 +174,12 @@ class ObjectWork(Work):
             self._released = True
             self._watch(works)
             self._end()
-        except RTError as error:
-            self._fail_with(error)
-        except Exception as error:  # no memory, or a header that makes no sense: the others would wait for ever
-            self._fail_with(error)
-            assert self.group.world is not None
-            self.group.world.abort(self.group)
+        except Exception as error:
+            found = error
+            self._fail(lambda _: found)
+            # Not the group's own error: no memory, or a header that makes no sense. The others would wait for ever.
+            if not isinstance(error, RTError) and self.group.world is not None:
+                self.group.world.abort(self.group, text=f"rank {self.group.world.rank} cannot receive an object: {error!r}")
         else:
             self._watch(works)
             return False
@@ -210,12 +211,14 @@ class ObjectWork(Work):
             if work.state == _fastpath.FAILED:
                 make = work.error
                 assert make is not None
-                self.fail(lambda _, work=work, make=make: make(work))  # type: ignore[misc]  # the defaults bind this work
+                self._fail(lambda _, work=work, make=make: make(work))  # type: ignore[misc]  # the defaults bind this work
                 return True
         return False
 
-    def _fail_with(self, error: Exception) -> None:
-        self.fail(lambda _: error)
+    def _fail(self, error: Callable[[_fastpath.Work], BaseException]) -> None:
+        self._own = None
+        self._stages.close()
+        self.fail(error)
 
     def outcome(self) -> Any:
         """Return the result or raise the error. The first time this unpickles, in the thread that asks."""

@@ -6,6 +6,7 @@ May live here: whole servers of real processes, and clients. May not: collective
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 import secrets
@@ -128,36 +129,40 @@ def test_a_thousand_requests_of_which_every_tenth_is_given_up() -> None:
     assert codes == [0] * SIZE and errors == [""] * SIZE
 
 
-async def give_up_one(url: str, row: list[float]) -> Any:
-    """Two requests wait while the ranks reduce much; one of their clients goes."""
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-        work = asyncio.ensure_future(client.post("/exercise", params={"bytes": 128 << 20}))
+async def give_up_one(server: Server, row: list[float]) -> Any:
+    """An all-reduce is held up by a rank that does not run, two requests wait behind it, and one of their clients goes."""
+    server.processes[1].send_signal(signal.SIGSTOP)
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        work = asyncio.ensure_future(client.post("/exercise", params={"bytes": 1 << 20}))
         asking = [asyncio.ensure_future(client.post("/predict", json=row)) for _ in range(2)]
         while (await client.get("/stats")).json()["waiting"] < 3:
             pass
         asking[0].cancel()
         while (stats := (await client.get("/stats")).json())["disconnected"] == 0:
             pass
+        server.processes[1].send_signal(signal.SIGCONT)
         return stats["waiting"], (await work).status_code, (await asking[1]).json()
 
 
 def test_a_client_that_goes_takes_its_own_request_with_it_and_no_other() -> None:
     rows, expected = requests(1)
     with Server() as server:
-        waiting, status, answer = asyncio.run(give_up_one(server.url, rows[0].tolist()))
+        waiting, status, answer = asyncio.run(give_up_one(server, rows[0].tolist()))
     assert waiting == 2 and status == 200
     assert np.allclose(answer, expected[0], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 async def ask_then_interrupt(server: Server, row: list[float]) -> Any:
-    """Signal all ranks, as a terminal does, while an all-reduce and behind it a request are on their way."""
+    """Signal all ranks, as a terminal does, while an all-reduce waits for a rank that does not run, and a request waits behind it."""
+    server.processes[1].send_signal(signal.SIGSTOP)
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-        work = asyncio.ensure_future(client.post("/exercise", params={"bytes": 64 << 20}))
+        work = asyncio.ensure_future(client.post("/exercise", params={"bytes": 1 << 20}))
         asking = asyncio.ensure_future(client.post("/predict", json=row))
         while (await client.get("/stats")).json()["waiting"] < 2:
             pass
         for process in server.processes:
             process.send_signal(signal.SIGINT)
+        server.processes[1].send_signal(signal.SIGCONT)
         return (await work).status_code, (await asking).json()
 
 
@@ -195,6 +200,16 @@ def test_workers_that_wait_cost_nothing() -> None:
         time.sleep(4)  # the time that is measured; the clock of processes ticks in 10 ms
         spent = [sum(worker.cpu_times()[:2]) - was for worker, was in zip(workers, before, strict=True)]
         assert max(spent) / (time.monotonic() - began) <= IDLE_SHARE
+
+
+def test_the_load_generator() -> None:
+    options = "-n 2 --clients 1,3 --seconds 0.3 --bytes 65536 --json --peers".split()
+    command = [sys.executable, str(EXAMPLES / "server_load.py"), *options, ""]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    assert [(row["system"], row["clients"]) for row in found["predict"]] == [("rt", 1), ("rt", 3)]
+    assert all(row["requests"] > 0 and 0 < row["p50_ms"] <= row["p99_ms"] and row["collective_us"] > 0 for row in found["predict"])
+    assert [row["all_reduces"] > 0 for row in found["health"]] == [False, True]
+    assert found["idle"][0]["worst_share"] >= 0 and found["ranks"] == 2
 
 
 def test_under_the_launcher() -> None:
