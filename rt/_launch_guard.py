@@ -86,9 +86,17 @@ def guard(commands: BinaryIO, job: str) -> None:
 def members(ranks: Collection[int], job: str) -> list[int]:
     """Return what to kill: the living processes of a job, or, where there is no /proc, the groups of its ranks as negative numbers."""
     if sys.platform != "linux":
-        return [-rank for rank in ranks]
+        return [-rank for rank in ranks if _has_members(rank)]
     mark = f"RT_JOB_ID={job}".encode()
     return [int(name) for name in os.listdir("/proc") if name.isdecimal() and _is_member(f"/proc/{name}", ranks, mark)]
+
+
+def _has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):  # nobody, or only zombies
+        return False
+    return True
 
 
 def _is_member(folder: str, ranks: Collection[int], mark: bytes) -> bool:

@@ -88,8 +88,7 @@ def dry_run(options: Options, inherited: Mapping[str, str], address: str) -> Ite
 
     A secret is not among them: the launcher makes one for every job, and ranks that find none use their user's own.
     """
-    yield f"# {options.size} ranks of: {shlex.join(options.command)}"
-    yield "# Each line starts one, in a terminal of its own. rt.launch hands over a secret too, and to rank 0 the coordinator's socket."
+    yield "# One command for each rank, in a terminal of its own. rt.launch hands over a secret too, and to rank 0 a listening socket."
     shared = environment(inherited, options.environment, options.size)
     gone = [word for name in _NOT_INHERITED if name in inherited and name not in options.environment for word in ("-u", name)]
     named = [name for name in (_UNBUFFERED, *THREADS, *options.environment) if name in shared and name != "RT_SECRET"]

@@ -11,6 +11,8 @@ import os
 import re
 import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from launching import (
     wait_for_death,
 )
 
+from rt._launch_guard import members
 from rt._launch_job import Job
 from rt._launch_options import parse
 
@@ -162,6 +165,15 @@ def test_waiting_costs_nothing(script: Path) -> None:
         before = used()
         time.sleep(2)
         assert used() - before < 0.005 * 2e9
+
+
+def test_without_proc_a_guard_finds_the_groups_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with subprocess.Popen(["sleep", "1000"], process_group=0) as rank:
+        assert members([rank.pid], "job") == [-rank.pid]
+        rank.kill()
+        rank.wait()
+        assert members([rank.pid], "job") == []
 
 
 # --- deadlines -----------------------------------------------------------------------------------------------------------------------
