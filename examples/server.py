@@ -71,7 +71,7 @@ async def serve(front: Front, blocks: list[Block], end: rt.Group, host: str, por
     except Exception as error:
         front.fail(str(error), getattr(error, "culprit", None))
         print(f"server: {error}; ending in {DRAIN_SECONDS:g} s", flush=True)
-        await asyncio.sleep(DRAIN_SECONDS)
+        await asyncio.wait({web}, timeout=DRAIN_SECONDS)
         raise
     finally:
         front.stop()
