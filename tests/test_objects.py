@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import pickle
 import random
+from pathlib import Path
 from typing import Any
 
+import netns
 import numpy as np
 import pytest
 import ranks
+from test_namespaces import ranks_on, ring_as_mlx_writes_it, succeeded
 
 import rt.sync
 from rt.objects import HEADER_BYTES, OUT_OF_BAND_BYTES, Message
@@ -103,6 +107,16 @@ async def every_call(rt: Any, group: Any, ctl: ranks.Ctl, sizes: tuple[int, ...]
 @pytest.mark.parametrize("size", [2, 3])
 def test_objects_of_any_size_arrive(size: int, front: str) -> None:
     ranks.results(size, every_call, front=front, args=(BYTES,), timeout=60)
+
+
+@pytest.mark.namespaces
+@pytest.mark.skipif(bool(netns.missing()), reason=netns.missing() or "-")
+@pytest.mark.parametrize("front", ["sync", "uvloop"])
+def test_objects_arrive_where_only_neighbours_connect(front: str, tmp_path: Path) -> None:
+    ring = tmp_path / "ring.json"
+    ring.write_text(json.dumps(ring_as_mlx_writes_it(4)))
+    with netns.ring_of_hosts(4) as hosts, ranks_on(hosts, every_call, str(ring), front=front, args=((1, 5000, 300_001),)) as world:
+        succeeded(world.wait())
 
 
 async def one_large(rt: Any, group: Any, ctl: ranks.Ctl) -> None:
