@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import uvloop
-from _server_parts import WIDTH, Array, Block, Front, forward, shard
+from _server_parts import WIDTH, Array, Block, Front, forward, memory, shard
 
 STOP, EXERCISE = -1, -2  # instead of a number of rows: a command is two numbers (what, bytes), and rows may follow
 
@@ -60,7 +60,7 @@ async def lead(front: Front, blocks: list[Block], thread: ThreadPoolExecutor) ->
         for job in jobs:
             if job.nbytes:
                 await command(EXERCISE, job.nbytes)
-                await loop.run_in_executor(thread, total, np.zeros(job.nbytes // 4, np.float32))
+                await loop.run_in_executor(thread, total, memory(job.nbytes))
                 front.answer(job, job.nbytes)
     await command(STOP)
 
@@ -88,7 +88,7 @@ async def follow(blocks: list[Block]) -> None:
         if what == STOP:
             return
         if what == EXERCISE:
-            total(np.zeros(nbytes // 4, np.float32))
+            total(memory(int(nbytes)))
         else:
             rows = np.empty((what, WIDTH), np.float32)
             broadcast(rows)

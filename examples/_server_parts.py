@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 import time
@@ -67,6 +68,13 @@ async def forward(blocks: list[Block], x: Array, all_sum: Sum) -> Array:
         partial = np.maximum(x @ block.up + block.up_bias, 0) @ block.down
         x = x + await all_sum(partial) + block.down_bias
     return x
+
+
+@functools.cache
+def memory(nbytes: int) -> Array:
+    """Return the array that an exercise of the ranks reduces in place. It is kept: to give 64 MiB back to the system takes some 10 ms, in
+    which no loop turns, so servers should reuse large arrays."""
+    return np.zeros(nbytes // 4, np.float32)
 
 
 # --- requests and HTTP -----------------------------------------------------------------------------------------------------------------

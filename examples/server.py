@@ -31,7 +31,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 import numpy as np
-from _server_parts import Array, Block, Front, forward, shard
+from _server_parts import Array, Block, Front, forward, memory, shard
 
 import rt
 
@@ -71,7 +71,7 @@ async def serve(front: Front, blocks: list[Block], end: rt.Group, host: str, por
     except Exception as error:
         front.fail(str(error), getattr(error, "culprit", None))
         print(f"server: {error}; ending in {DRAIN_SECONDS:g} s", flush=True)
-        await asyncio.sleep(DRAIN_SECONDS)
+        await asyncio.wait({web}, timeout=DRAIN_SECONDS)
         raise
     finally:
         front.stop()
@@ -122,7 +122,7 @@ async def follow(blocks: list[Block], end: rt.Group) -> None:
 
 async def exercise(nbytes: int) -> None:
     """Reduce that many bytes, so that one can see what the server does meanwhile."""
-    await rt.all_sum(np.zeros(nbytes // 4, np.float32))
+    await rt.all_sum(memory(nbytes), out=memory(nbytes))
 
 
 async def until(call: Awaitable[Any]) -> None:

@@ -160,6 +160,8 @@ class CoreGroup:
         program = _fastpath.Program(schedule, call.dtype, op, self._links, call.alias)
         nbytes = _count(call.shape) * ITEMSIZE[call.dtype]
         about = f"{call.dtype.name.lower()}, {nbytes} B" if call.kind is not Collective.BARRIER else "all ranks"
+        if call.part:
+            about = "object" if call.part == "header" else f"object, a piece of {nbytes} B"
         ready = _Ready(program, self._signature(call, nbytes, schedule.name), self._channel(call), about)
         if len(self._plans) >= _PLANS_MOST:
             self._plans.clear()
