@@ -58,15 +58,17 @@ class SimWorld:
 
     def submit(
         self, rank: int, schedule: Schedule, x: np.ndarray | None, out: np.ndarray | None, *, op: Op = Op.SUM, group: int = 1,
-        channel: int = 1, ranks: list[int] | None = None, alias: tuple[int, int] | None = None, mark: bytes = b"", dtype: Any = None,
+        channel: int = 1, ranks: list[int] | None = None, alias: tuple[int, int] | None = None, mark: bytes | list[bytes] = b"",
+        dtype: Any = None,
     ) -> _fastpath.Work:
+        """Start one rank's part; ``mark`` is what peers compare, or one for every rank of the group."""
         ranks = list(range(self.size)) if ranks is None else ranks
         me = ranks.index(rank)
         links = [0 if r == rank else self.lanes for r in ranks]
         code = code_of(dtype if dtype is not None else (x if x is not None else out).dtype)  # type: ignore[union-attr]
         program = _fastpath.Program(schedule, code, Op.SUM if op is Op.MEAN else op, links, alias)
         work = _fastpath.Work()
-        signature = struct.pack("<I60s", 0, mark)
+        signature = b"".join(struct.pack("<I60s", 0, each) for each in ([mark] if isinstance(mark, bytes) else mark))
         assert me >= 0
         status = self.engines[rank].submit(work, program, group, channel, signature, ranks, len(ranks), x, out, self.submit_budget)
         self._follow(rank, status)
