@@ -87,6 +87,7 @@ class Work(_fastpath.Work):
         group: the group it runs on.
         what: what was called, for messages, for example ``all_sum``.
         about: dtype and size, for messages.
+        together_with: a work that is awaited, limited and cancelled with this one.
     """
 
     def __init__(self, group: CoreGroup, what: str = "", about: str = "") -> None:
@@ -95,6 +96,7 @@ class Work(_fastpath.Work):
         self.about = about
         self.borrows_source = False
         self.borrows_target = False
+        self.together_with: Work | None = None
         self._limit: tuple[float, float] | None = None  # seconds, and when they end, until some loop watches it
 
     def __await__(self) -> Generator[Any, None, Any]:
@@ -117,10 +119,15 @@ class Work(_fastpath.Work):
         elif (attached := self.group.driver_of(loop)) is not None and time.monotonic() - attached.turned > FAIR_SECONDS:
             yield
             attached.turned = time.monotonic()
-        return self.outcome()
+        result = self.outcome()
+        if self.together_with is not None:
+            yield from self.together_with.__await__()
+        return result
 
     def limit(self, seconds: float) -> None:
         """Give the work that many seconds from now. Watched by the running loop, else from the first await on."""
+        if self.together_with is not None:
+            self.together_with.limit(seconds)
         self._limit = seconds, time.monotonic() + seconds
         loop = asyncio._get_running_loop()
         if loop is not None:
@@ -136,7 +143,7 @@ class Work(_fastpath.Work):
 
     def done(self) -> bool:
         """Say whether the collective has ended, well or badly."""
-        return self.state != _fastpath.FLYING
+        return self.state != _fastpath.FLYING and (self.together_with is None or self.together_with.done())
 
     def __repr__(self) -> str:
         state = ("in flight", "done", "failed")[self.state]
@@ -160,6 +167,8 @@ class Work(_fastpath.Work):
                 continue
 
     def _give_back(self) -> Generator[None, None, None]:
+        if self.together_with is not None:
+            yield from self.together_with._give_back()
         engine = self.group.engine
         source, target = self.source, self.target
         if engine is None or self.state != _fastpath.FLYING:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from typing import Any
 
 from rt import _fastpath, collectives, world
@@ -24,9 +25,9 @@ from rt.gradients import BUCKET_BYTES, Plan
 from rt.group import CoreGroup
 
 __all__ = [
-    "Group", "abort", "all_gather", "all_max", "all_min", "all_reduce", "all_sum", "all_to_all", "average_gradients", "barrier",
-    "broadcast", "close", "gather", "init", "is_available", "rank", "recv", "recv_like", "reduce", "scatter", "send", "size",
-    "sum_scatter",
+    "Group", "abort", "all_gather", "all_gather_v", "all_max", "all_min", "all_reduce", "all_sum", "all_to_all", "all_to_all_v",
+    "average_gradients", "barrier", "broadcast", "close", "exscan", "gather", "gather_v", "init", "is_available", "rank", "recv",
+    "recv_like", "reduce", "reduce_scatter_v", "scan", "scatter", "scatter_v", "send", "sendrecv", "size", "sum_scatter",
 ]  # fmt: skip
 
 _OWN_THREADS = 2  # this one and the control thread: no third can make a call
@@ -36,6 +37,7 @@ _local = threading.local()
 def _wait(work: Work, timeout: float | None) -> Any:
     """Drive the engine from this thread until the work has ended."""
     core = work.group
+    until = None if timeout is None else time.monotonic() + timeout
     if work.state == _fastpath.FLYING:
         assert core.engine is not None and core.world is not None
         sleeper = getattr(_local, "sleeper", None)
@@ -49,7 +51,10 @@ def _wait(work: Work, timeout: float | None) -> Any:
         except BaseException:
             work.give_back()
             raise
-    return work.outcome()
+    result = work.outcome()
+    if work.together_with is not None:
+        _wait(work.together_with, None if until is None else max(0.0, until - time.monotonic()))
+    return result
 
 
 class _Blocking(Api[Any]):
@@ -111,6 +116,14 @@ reduce = _api.reduce
 gather = _api.gather
 scatter = _api.scatter
 all_to_all = _api.all_to_all
+all_gather_v = _api.all_gather_v
+reduce_scatter_v = _api.reduce_scatter_v
+gather_v = _api.gather_v
+scatter_v = _api.scatter_v
+all_to_all_v = _api.all_to_all_v
+scan = _api.scan
+exscan = _api.exscan
+sendrecv = _api.sendrecv
 barrier = _api.barrier
 send = _api.send
 recv = _api.recv
