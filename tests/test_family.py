@@ -8,6 +8,7 @@ Worlds cost time, so a body checks many calls in a loop; the label of a failed c
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ranks import FRONTS, results
 from test_collectives import Array, reduced, same, sample
 
 from rt.dtypes import INEXACT, DType, Op, numpy_dtype, op_supported
+from rt.errors import CollectiveTimeoutError, GroupBrokenError
 
 fronts = pytest.mark.parametrize("front", FRONTS)
 CASES = [(dtype, op) for dtype in DType for op in Op if op_supported(dtype, op)]
@@ -369,3 +371,49 @@ async def around(rt: Any, group: Any, ctl: Any) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_sendrecv(front: str, size: int) -> None:
     results(size, around, front=front)
+
+
+async def cancelled(rt: Any, group: Any, ctl: Any) -> None:
+    """Both halves give the caller's memory back, and go on."""
+    me, count = group.rank(), 1 << 20
+    x = np.full(count, 1.0 + me)
+    if me == 0:
+        work = rt.sendrecv(x, 1, 1, out=np.empty(count))
+        task = asyncio.ensure_future(work)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not work.done()
+        x[:] = -1
+        await rt.barrier()
+    else:
+        await rt.barrier()
+        same(await rt.sendrecv(x, 0, 0), np.full(count, 1.0), "what was sent before it was cancelled")
+    same(await rt.all_sum(1), np.asarray(2))
+
+
+@pytest.mark.parametrize("front", FRONTS[1:])
+def test_a_cancelled_sendrecv_goes_on(front: str) -> None:
+    results(2, cancelled, front=front)
+
+
+async def late(rt: Any, group: Any, ctl: Any) -> None:
+    """The time limit counts for each half, whichever is late."""
+    x = np.ones(1 << 20)
+    for half in ("both", "send"):
+        sub = await group.split(0)
+        if group.rank() == 0:
+            with pytest.raises(CollectiveTimeoutError):
+                await sub.sendrecv(x, 1, 1, timeout=0.3)
+        else:
+            with pytest.raises(GroupBrokenError):
+                if half == "send":
+                    await sub.send(x, 0)
+                await sub.recv_like(x, 0, tag=9)
+    same(await rt.all_sum(1), np.asarray(2))
+
+
+@fronts
+def test_a_late_sendrecv(front: str) -> None:
+    results(2, late, front=front)
