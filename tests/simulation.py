@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import random
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -75,14 +76,15 @@ class SimWorld:
         return work
 
     def collective(self, rank: int, kind: Collective, x: np.ndarray | None, out: np.ndarray | None, *, op: Op = Op.SUM, root: int = 0,
-                   ranks: list[int] | None = None, full_mesh: bool = True, count: int | None = None, **more: Any) -> _fastpath.Work:
+                   ranks: list[int] | None = None, full_mesh: bool = True, count: int | None = None, counts: Sequence[int] = (),
+                   **more: Any) -> _fastpath.Work:
         ranks = list(range(self.size)) if ranks is None else ranks
         array = x if x is not None else out
         dtype = DType.UINT8 if array is None else code_of(array.dtype)
         if count is None:
             count = 0 if array is None else (out.size if kind is Collective.REDUCE_SCATTER and out is not None else array.size)
         schedule = choose(kind, rank=ranks.index(rank), size=len(ranks), count=count, dtype=dtype, op=op, lanes=self.lanes,
-                          full_mesh=full_mesh, root=root)
+                          full_mesh=full_mesh, root=root, counts=counts)
         return self.submit(rank, schedule, x, out, op=op, ranks=ranks, dtype=np.uint8 if array is None else None, **more)
 
     def step(self, rank: int, budget: int = NEVER) -> int:
