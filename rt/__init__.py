@@ -50,10 +50,11 @@ if os.path.exists(os.path.join(os.path.dirname(__file__), "rest1.py")):  # a fil
 
 __all__ = [
     "CollectiveTimeoutError", "ConfigError", "Group", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError",
-    "PeerLostError", "ProtocolError", "RTError", "RendezvousError", "Work", "abort", "all_gather", "all_gather_objects", "all_max",
-    "all_min", "all_reduce", "all_sum", "all_to_all", "average_gradients", "barrier", "broadcast", "broadcast_object", "close", "gather",
-    "gather_objects", "init", "is_available", "rank", "recv", "recv_like", "recv_object", "reduce", "run", "scatter", "send",
-    "send_object", "size", "sum_scatter",
+    "PeerLostError", "ProtocolError", "RTError", "RendezvousError", "Work", "abort", "all_gather", "all_gather_objects", "all_gather_v",
+    "all_max", "all_min", "all_reduce", "all_sum", "all_to_all", "all_to_all_v", "average_gradients", "barrier", "broadcast",
+    "broadcast_object", "close", "exscan", "gather", "gather_objects", "gather_v", "init", "is_available", "rank", "recv", "recv_like",
+    "recv_object", "reduce", "reduce_scatter_v", "run", "scan", "scatter", "scatter_v", "send", "send_object", "sendrecv", "size",
+    "sum_scatter",
 ]  # fmt: skip
 
 
@@ -118,6 +119,14 @@ reduce = _api.reduce
 gather = _api.gather
 scatter = _api.scatter
 all_to_all = _api.all_to_all
+all_gather_v = _api.all_gather_v
+reduce_scatter_v = _api.reduce_scatter_v
+gather_v = _api.gather_v
+scatter_v = _api.scatter_v
+all_to_all_v = _api.all_to_all_v
+scan = _api.scan
+exscan = _api.exscan
+sendrecv = _api.sendrecv
 barrier = _api.barrier
 send = _api.send
 recv = _api.recv

@@ -106,6 +106,6 @@ cdef void check_deadlock(Core *core) noexcept nogil:
             event.group = work.channel.group
             event.channel = work.channel.id
             event.sequence = work.sequence
-            memcpy(event.mine, work.signature, SIGNATURE_BYTES)
+            memcpy(event.mine, slot.signature, SIGNATURE_BYTES)
             memcpy(event.theirs, entry.data, SIGNATURE_BYTES)
         return

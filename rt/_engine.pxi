@@ -214,7 +214,8 @@ cdef class Engine:
         Args:
             handle: told of the outcome.
             group, channel_id: identities agreed by all ranks.
-            signature: 64 bytes compared with the peers'; the first four are filled in here.
+            signature: 64 bytes compared with the peers'; the first four are filled in here. Or as many for every rank of the group, to be
+                compared with that one only.
             ranks: world rank of each rank of the group.
             source, target: C-contiguous arrays, or None. They are kept until the work ends.
             budget: bytes of progress to make now.
@@ -227,7 +228,8 @@ cdef class Engine:
         cdef Channel *channel
         cdef int i, status
         cdef char *memory[2]
-        if PyBytes_GET_SIZE(signature) != SIGNATURE_BYTES:
+        cdef bint by_peer = PyBytes_GET_SIZE(signature) != SIGNATURE_BYTES
+        if by_peer and PyBytes_GET_SIZE(signature) != SIGNATURE_BYTES * size:
             raise ValueError("a signature has 64 bytes")
         memory[0] = array_memory(source, plan.touched[0])
         memory[1] = array_memory(target, plan.touched[1])
@@ -242,6 +244,8 @@ cdef class Engine:
         try:
             for i in range(plan.slot_count):
                 work.slots[i].link = self._link(ranks[plan.slots[i].peer], plan.slots[i].link)
+                memcpy(work.slots[i].signature,
+                       PyBytes_AS_STRING(signature) + (plan.slots[i].peer * SIGNATURE_BYTES if by_peer else 0), SIGNATURE_BYTES)
             self.lock()
         except BaseException:
             free(work)

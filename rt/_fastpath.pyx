@@ -228,6 +228,7 @@ cdef struct SlotState:
     bint peer_opened
     uint32_t eager           # bytes sent while the peer had not opened
     SlotState *next          # in the link's list of OPENs still to be queued
+    unsigned char signature[SIGNATURE_BYTES]    # compared with this peer
 
 cdef enum:
     STATE_FLYING = 0
@@ -257,7 +258,7 @@ cdef struct WorkState:
     WorkState *next_active
     WorkState *prev_active
     WorkState *next_finished
-    unsigned char signature[SIGNATURE_BYTES]
+    unsigned char signature[SIGNATURE_BYTES]    # for peers that it has nothing to do with
 
 cdef struct Path:            # what a channel knows of one link
     uint32_t unacked         # bytes sent for works that the peer has not opened

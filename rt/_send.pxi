@@ -42,7 +42,7 @@ cdef bint queue_open(Core *core, Link *link) noexcept nogil:
     if link.opening_last == slot:
         link.opening_last = before
     frame = frame_new(link, FRAME_OPEN, slot.work.channel, slot.work.sequence, 0, SIGNATURE_BYTES)
-    memcpy(frame.head + HEADER_BYTES, slot.work.signature, SIGNATURE_BYTES)
+    memcpy(frame.head + HEADER_BYTES, slot.signature, SIGNATURE_BYTES)
     frame.head_length += SIGNATURE_BYTES
     frame.work = slot.work
     slot.open_queued = True

@@ -67,6 +67,7 @@ cdef void work_start(Core *core, WorkState *work, Channel *channel) noexcept nog
     for i in range(plan.slot_count):
         slot = &work.slots[i]
         slot.work = work
+        memcpy(slot.signature, &work.sequence, 4)
         if slot.link.opening_last != NULL:
             slot.link.opening_last.next = slot
         else:

@@ -100,22 +100,28 @@ cdef void channel_remove(Channel *channel, WorkState *work) noexcept nogil:
 cdef void open_received(Core *core, Link *link, Channel *channel, uint16_t sequence, const char *theirs) noexcept nogil:
     """Compare a peer's signature with ours. Nothing that comes under a differing one is ever applied."""
     cdef WorkState *work = channel_find(channel, sequence)
-    cdef SlotState *slot
+    cdef SlotState *slot = NULL
+    cdef unsigned char *ours = NULL
     cdef Event *event
     cdef int i
     if channel.broken:
         return
-    if work != NULL and memcmp(work.signature, theirs, SIGNATURE_BYTES) == 0:
+    if work != NULL:
+        ours = work.signature
         for i in range(work.slot_count):
-            slot = &work.slots[i]
-            if slot.link == link and not slot.peer_opened:
-                slot.peer_opened = True
-                channel.paths[link.index].unacked -= slot.eager
-                work.unopened -= 1
-                if work.unopened == 0 and work.state != STATE_FLYING and work.handle == NULL:
-                    work_release(work)
-                return
-        link_fail(core, link, EVENT_PROTOCOL, FRAME_OPEN)
+            if work.slots[i].link == link:
+                slot = &work.slots[i]
+                ours = slot.signature
+                break
+    if work != NULL and memcmp(ours, theirs, SIGNATURE_BYTES) == 0:
+        if slot == NULL or slot.peer_opened:
+            link_fail(core, link, EVENT_PROTOCOL, FRAME_OPEN)
+            return
+        slot.peer_opened = True
+        channel.paths[link.index].unacked -= slot.eager
+        work.unopened -= 1
+        if work.unopened == 0 and work.state != STATE_FLYING and work.handle == NULL:
+            work_release(work)
         return
     channel.broken = True
     event = event_new(core, EVENT_MISMATCH, link.peer, 0)
@@ -126,7 +132,7 @@ cdef void open_received(Core *core, Link *link, Channel *channel, uint16_t seque
     memcpy(event.theirs, theirs, SIGNATURE_BYTES)
     if work != NULL:
         event.sequence = work.sequence
-        memcpy(event.mine, work.signature, SIGNATURE_BYTES)
+        memcpy(event.mine, ours, SIGNATURE_BYTES)
 
 
 # -- events, for Python to judge ----------------------------------------------------------------------------------------------------------

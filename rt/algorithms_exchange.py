@@ -40,7 +40,7 @@ def ring_all_to_all(rank: int, size: int, count: int, lanes: int, itemsize: int)
     """Exchange blocks of ``count`` items where only neighbours connect: each goes the shorter way round the ring and is passed on.
 
     ``size // 2`` hops; every rank sends about ``size ** 2 / 4`` blocks, as many as cross a link. Scratch: up to ``size`` blocks for each
-    way. Source: ours; every message goes by store and forward, as on any network whose links join neighbours only.
+    way. Source: ours.
     """
     first: list[Step] = []
     steps: list[Step] = []

@@ -150,6 +150,82 @@ class Api(Generic[R]):
         """
         return self._run(group, lambda core, x, out: collectives_blocks.all_to_all(core, x, out), x, out, timeout, stream, key)
 
+    def all_gather_v(
+        self, x: Any, counts: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """Concatenate x of all ranks along axis 0, where rank r has ``counts[r]`` rows.
+
+        Args:
+            x: array of shape ``(counts[rank], ...)``; the sides after the first, and the dtype, are the same on all ranks.
+            counts: rows of every rank, 0 or more; the same on all ranks, else MismatchError.
+        """
+        return self._run(group, lambda core, x, out: collectives_blocks.all_gather_v(core, x, counts, out), x, out, timeout, stream, key)
+
+    def reduce_scatter_v(
+        self, x: Any, counts: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
+        """Reduce-scatter along axis 0: of the reduction of x, ``(sum(counts), ...)``, rank r gets its block of ``counts[r]`` rows.
+
+        ``counts`` is the same on all ranks, else MismatchError; ``op`` as for ``all_reduce``.
+        """
+        def start(core: CoreGroup, x: Any, out: Any) -> Work:
+            return collectives_blocks.reduce_scatter_v(core, x, counts, op, out)
+
+        return self._run(group, start, x, out, timeout, stream, key)
+
+    def gather_v(
+        self, x: Any, counts: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
+        """Concatenate x of all ranks as ``all_gather_v`` does, for the root only. The others get None, and their ``out`` is left alone."""
+        return self._run(group, lambda core, x, out: collectives_blocks.gather(core, x, root, out, counts), x, out, timeout, stream, key)
+
+    def scatter_v(
+        self, x: Any, counts: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
+        """Cut the root's x, ``(sum(counts), ...)``, along axis 0: rank r gets its block of ``counts[r]`` rows.
+
+        ``counts`` is the same on all ranks, else MismatchError. What the others pass is said at ``scatter``.
+        """
+        return self._run(group, lambda core, x, out: collectives_blocks.scatter(core, x, root, out, counts), x, out, timeout, stream, key)
+
+    def all_to_all_v(
+        self, x: Any, send_counts: Any, recv_counts: Any, *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
+        """Exchange blocks of any lengths along axis 0: ``send_counts[j]`` rows of x go to rank j, ``recv_counts[i]`` come from rank i.
+
+        The result has shape ``(sum(recv_counts), ...)``. What a rank sends to another must be what that one expects, else MismatchError
+        says what both called; nothing is received then. In place (``out=x``) where both counts are the same.
+        """
+        def start(core: CoreGroup, x: Any, out: Any) -> Work:
+            return collectives_blocks.all_to_all_v(core, x, send_counts, recv_counts, out)
+
+        return self._run(group, start, x, out, timeout, stream, key)
+
+    def scan(
+        self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
+        """Combine x of ranks 0 to this one, lower ranks left, elementwise: the inclusive prefix.
+
+        ``op`` as for ``all_reduce``, without mean.
+        """
+        return self._run(group, lambda core, x, out: collectives.scan(core, x, op, out), x, out, timeout, stream, key)
+
+    def exscan(
+        self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
+        """Combine x of the ranks before this one, lower ranks left, elementwise: the exclusive prefix. ``op`` as for ``scan``.
+
+        Rank 0 gets what changes nothing: 0 for sum, or, xor; 1 for prod (on bool False and True); all bits set for and; the highest
+        value for min and the lowest for max, which is infinite in floating and complex dtypes.
+        """
+        return self._run(group, lambda core, x, out: collectives.scan(core, x, op, out, "exscan"), x, out, timeout, stream, key)
+
     def barrier(self, *, group: Any = None, stream: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """Return None once every rank has called."""
         return self._run(group, lambda core, _x, _out: collectives.barrier(core), None, None, timeout, stream, key)
@@ -184,6 +260,17 @@ class Api(Generic[R]):
             return collectives.recv(core, shape, dtype, src, out, tag, "recv_like", wrap)
 
         return self._run(group, start, None, out, timeout, stream, key)
+
+    def sendrecv(
+        self, x: Any, dst: int, src: int, *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None, tag: int = 0,
+    ) -> R:  # fmt: skip
+        """Send x to rank ``dst`` and receive from rank ``src``, both at once, so that ranks in a ring may all call it and block.
+
+        What arrives, and is returned when x is free too, has x's shape and dtype or those of ``out``, which may be x. The two halves are
+        matched like ``send`` and ``recv`` under ``tag``, also with ranks that call those.
+        """
+        return self._run(group, lambda core, x, out: collectives.sendrecv(core, x, dst, src, out, tag), x, out, timeout, stream, key)
 
     # Objects. Receiving one unpickles it, and a pickle makes its receiver run what its sender chose: every call here trusts all ranks of
     # the group. Where nothing proves who they are (RT_INSECURE=1) the calls are refused, unless RT_INSECURE_OBJECTS=1.
@@ -305,6 +392,43 @@ class Group(Generic[R]):
         """As ``rt.all_to_all`` on this group."""
         return self._api.all_to_all(x, group=self, stream=stream, out=out, timeout=timeout, key=key)
 
+    def all_gather_v(self, x: Any, counts: Any, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """As ``rt.all_gather_v`` on this group."""
+        return self._api.all_gather_v(x, counts, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def reduce_scatter_v(
+        self, x: Any, counts: Any, op: str = "sum", *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """As ``rt.reduce_scatter_v`` on this group."""
+        return self._api.reduce_scatter_v(x, counts, op, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def gather_v(
+        self, x: Any, counts: Any, root: int = 0, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """As ``rt.gather_v`` on this group."""
+        return self._api.gather_v(x, counts, root, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def scatter_v(
+        self, x: Any, counts: Any, root: int = 0, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """As ``rt.scatter_v`` on this group."""
+        return self._api.scatter_v(x, counts, root, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def all_to_all_v(
+        self, x: Any, send_counts: Any, recv_counts: Any, *, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
+        """As ``rt.all_to_all_v`` on this group."""
+        return self._api.all_to_all_v(x, send_counts, recv_counts, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def scan(self, x: Any, op: str = "sum", *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """As ``rt.scan`` on this group."""
+        return self._api.scan(x, op, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def exscan(self, x: Any, op: str = "sum", *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """As ``rt.exscan`` on this group."""
+        return self._api.exscan(x, op, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
     def barrier(self, *, stream: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """As ``rt.barrier`` on this group."""
         return self._api.barrier(group=self, stream=stream, timeout=timeout, key=key)
@@ -325,6 +449,13 @@ class Group(Generic[R]):
     ) -> R:
         """As ``rt.recv_like`` on this group."""
         return self._api.recv_like(x, src, group=self, stream=stream, out=out, timeout=timeout, key=key, tag=tag)
+
+    def sendrecv(
+        self, x: Any, dst: int, src: int, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None,
+        tag: int = 0,
+    ) -> R:  # fmt: skip
+        """As ``rt.sendrecv`` on this group."""
+        return self._api.sendrecv(x, dst, src, group=self, stream=stream, out=out, timeout=timeout, key=key, tag=tag)
 
     def send_object(self, obj: Any, dst: int, *, timeout: float | None = None, tag: int = 0) -> R:
         """As ``rt.send_object`` on this group."""

@@ -54,15 +54,16 @@ def choose(
         return _nothing(kind, rank, size, root, mesh)
     each = counts or [count] * size
     small_blocks = mesh and max(each) * itemsize <= DIRECT_BLOCK_BYTES
+    tiny_blocks = max(each) * itemsize <= BINOMIAL_BLOCK_BYTES
     match kind:
         case Collective.ALL_REDUCE:
             return _all_reduce(rank, size, count, dtype, op, lanes, mesh)
         case Collective.REDUCE_SCATTER | Collective.REDUCE_SCATTER_V:
-            return _reduce_scatter(rank, each, dtype, op, lanes, mesh, small_blocks)
+            plan = _reduce_scatter(rank, each, dtype, op, lanes, mesh, small_blocks)
+        case Collective.ALL_GATHER | Collective.ALL_GATHER_V if small_blocks:
+            plan = algorithms_move.direct_all_gather(rank, each)
         case Collective.ALL_GATHER | Collective.ALL_GATHER_V:
-            if small_blocks:
-                return algorithms_move.direct_all_gather(rank, each)
-            return algorithms_move.ring_all_gather(rank, each, lanes, itemsize)
+            plan = algorithms_move.ring_all_gather(rank, each, lanes, itemsize)
         case Collective.BROADCAST:
             if mesh and count * itemsize <= BINOMIAL_BYTES:
                 return algorithms_move.binomial_broadcast(rank, size, count, root)
@@ -75,18 +76,18 @@ def choose(
             return algorithms_move.recv(root, count, lanes, itemsize)
         case Collective.REDUCE:
             return _reduce(rank, size, count, dtype, op, lanes, mesh, root)
+        case Collective.GATHER | Collective.GATHER_V if not mesh:
+            plan = algorithms_rooted.ring_gather(rank, each, root, lanes, itemsize)
+        case Collective.GATHER | Collective.GATHER_V if tiny_blocks:
+            plan = algorithms_rooted.binomial_gather(rank, each, root)
         case Collective.GATHER | Collective.GATHER_V:
-            if not mesh:
-                return algorithms_rooted.ring_gather(rank, each, root, lanes, itemsize)
-            if max(each) * itemsize <= BINOMIAL_BLOCK_BYTES:
-                return algorithms_rooted.binomial_gather(rank, each, root)
-            return algorithms_rooted.direct_gather(rank, each, root, lanes, itemsize)
+            plan = algorithms_rooted.direct_gather(rank, each, root, lanes, itemsize)
+        case Collective.SCATTER | Collective.SCATTER_V if not mesh:
+            plan = algorithms_rooted.ring_scatter(rank, each, root, lanes, itemsize)
+        case Collective.SCATTER | Collective.SCATTER_V if tiny_blocks:
+            plan = algorithms_rooted.binomial_scatter(rank, each, root)
         case Collective.SCATTER | Collective.SCATTER_V:
-            if not mesh:
-                return algorithms_rooted.ring_scatter(rank, each, root, lanes, itemsize)
-            if max(each) * itemsize <= BINOMIAL_BLOCK_BYTES:
-                return algorithms_rooted.binomial_scatter(rank, each, root)
-            return algorithms_rooted.direct_scatter(rank, each, root, lanes, itemsize)
+            plan = algorithms_rooted.direct_scatter(rank, each, root, lanes, itemsize)
         case Collective.ALL_TO_ALL:
             if mesh:
                 return algorithms_exchange.direct_all_to_all(rank, each, each, lanes, itemsize)
@@ -95,6 +96,7 @@ def choose(
             return algorithms_exchange.direct_all_to_all(rank, counts[:size], counts[size:], lanes, itemsize)
         case Collective.SCAN | Collective.EXSCAN:
             return _scan(kind, rank, size, count, dtype, op, lanes, mesh)
+    return _compared(plan, rank, size) if 0 in counts else plan
 
 
 def _nothing(kind: Collective, rank: int, size: int, peer: int, mesh: bool) -> Schedule:
@@ -105,6 +107,16 @@ def _nothing(kind: Collective, rank: int, size: int, peer: int, mesh: bool) -> S
     if kind is Collective.RECV:
         return Schedule((algorithms_move.recv_step(peer, 0, token),), (Temp(1, False),), "striped")
     return algorithms_move.barrier(rank, size) if mesh else algorithms_move.ring_barrier(rank, size)
+
+
+def _compared(plan: Schedule, rank: int, size: int) -> Schedule:
+    """Let neighbours whose blocks are empty compare their calls all the same: an item that nobody keeps goes from rank to rank."""
+    right, left = (rank + 1) % size, (rank - 1) % size
+    peers = {step.peer for step in plan.steps}
+    token = algorithms_move.Span(TEMP + len(plan.temps), 0, 1)
+    steps = [] if right in peers else [algorithms_move.send_step(right, 0, token)]
+    steps += [] if left in peers else [algorithms_move.recv_step(left, 0, token.on(token.buffer, 1))]
+    return plan._replace(steps=(*plan.steps, *steps), temps=(*plan.temps, Temp(2, False))) if steps else plan
 
 
 def _needs_wide(size: int, dtype: DType, op: Op) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from rt import arrays, fused
 from rt.aio import Work
-from rt.dtypes import OPS, DType, Op, check_op, code_of, numpy_dtype
+from rt.dtypes import INEXACT, OPS, DType, Op, check_op, code_of, numpy_dtype
 from rt.group import Call, CoreGroup, hash64
 from rt.schedule import Collective
 
@@ -69,6 +69,50 @@ def sum_scatter(group: CoreGroup, x: Any, op: str, out: Any) -> Work:
     return work
 
 
+def scan(group: CoreGroup, x: Any, op: str, out: Any, what: str = "scan") -> Work:
+    """Start a prefix reduction over the ranks: of ranks 0 to this one, or as ``exscan`` to the one before."""
+    work = Work(group)
+    code = _operator(op)
+    array = _array(x, what, work)
+    dtype = code_of(array.dtype)
+    if code is Op.MEAN:
+        raise ValueError(f"{what}: op must be one of {', '.join(op for op in OPS if op != 'mean')}, not {op!r}")
+    check_op(dtype, code, what)
+    inclusive = what == "scan"
+    if inclusive and group.size == 1:
+        return _alone(work, x, array, out, what)
+    target = _target(out, array.shape, array, what, work)
+    alias = _aliasing(x, array, target, what, {(0, 0)})
+    work.result = target
+    if not inclusive and group.rank == 0:
+        if alias is not None:  # x is still to be sent when the identity has taken its place
+            array, alias, work.borrows_source = array.copy(), None, False
+        target[...] = _identity(dtype, code)
+        if group.size == 1:
+            work.finish(target)
+            return work
+    kind = Collective.SCAN if inclusive else Collective.EXSCAN
+    group.submit(what, Call(kind, dtype, code, array.shape, array.size, alias=alias), array, target, work)
+    return work
+
+
+def _identity(dtype: DType, op: Op) -> Any:
+    """Return what changes nothing when it is combined."""
+    if op in (Op.SUM, Op.OR, Op.XOR):
+        return 0
+    if op is Op.PROD:
+        return 1
+    to = numpy_dtype(dtype)
+    if op is Op.AND:
+        return np.invert(np.zeros((), to))
+    if to.kind == "b":
+        return op is Op.MIN
+    if dtype not in INEXACT:
+        return np.iinfo(to).max if op is Op.MIN else np.iinfo(to).min
+    end = np.inf if op is Op.MIN else -np.inf
+    return complex(end, end) if to.kind == "c" else end
+
+
 def broadcast(group: CoreGroup, x: Any, root: int, out: Any) -> Work:
     """Start a broadcast of the root's x; the others pass an array of the same shape and dtype, whose content does not matter."""
     work = Work(group)
@@ -120,6 +164,25 @@ def recv(
     work.result = target
     group.submit(what, Call(Collective.RECV, code, Op.SUM, sides, target.size, root=peer, tag=_tag(tag)), None, target, work)
     return work
+
+
+def sendrecv(group: CoreGroup, x: Any, dst: int, src: int, out: Any, tag: int) -> Work:
+    """Start a send and a receive under the same tag; the result is what arrives, when x is free too."""
+    sent, work = Work(group), Work(group)
+    array = _array(x, "sendrecv", sent)
+    dtype, number = code_of(array.dtype), _tag(tag)
+    to, origin = _peer(dst, group, "send to", "destination"), _peer(src, group, "recv from", "source")
+    shape, form = (array.shape, array.dtype) if out is None else arrays.form(out, "sendrecv")[:2]
+    target = _target(out, shape, None, "sendrecv", work, form)
+    if out is None:
+        work.hand_out = sent.hand_out
+    arrives = code_of(target.dtype)
+    if np.may_share_memory(array, target):  # two works know nothing of each other's memory
+        array, sent.borrows_source = array.copy(), False
+    work.result = target
+    group.submit("sendrecv", Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=to, tag=number), array, None, sent)
+    group.submit("sendrecv", Call(Collective.RECV, arrives, Op.SUM, target.shape, target.size, root=origin, tag=number), None, target, work)
+    return fused.hold([work, sent], f"{work.about}, sent and received", lambda results: results[0])
 
 
 def like(x: Any) -> tuple[tuple[int, ...], np.dtype[Any], arrays.Wrap | None]:

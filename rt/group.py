@@ -51,7 +51,8 @@ class Call(NamedTuple):
         items: as ``choose`` wants them counted.
         root: rank in the group; for send and recv the peer.
         tag: of send and recv.
-        counts: rows (along axis 0) of each rank's block where blocks differ; ``shape`` is then that of all blocks together.
+        counts: rows (along axis 0) of each rank's block where blocks differ; ``shape`` is then that of all blocks together. All-to-all:
+            rows for each rank, then rows from each; ``shape`` is that of x, whose first side nobody compares.
         alias: where input and output start in shared memory, None out of place.
         part: of a call that moves objects ("" of others): its header, or the name of the channel its body takes.
     """
@@ -70,7 +71,7 @@ class Call(NamedTuple):
 
 class _Ready(NamedTuple):
     program: _fastpath.Program
-    signature: bytes
+    signature: bytes  # or one for every rank
     channel: int
     about: str
 
@@ -126,7 +127,7 @@ class CoreGroup:
             work, ready.program, self.identity, ready.channel, ready.signature, self.ranks, self.size, source, target, BUDGET_BYTES
         )
         if ready.channel == self.identity:
-            self._recent[work.sequence % _RECENT] = (work.sequence, ready.signature)
+            self._recent[work.sequence % _RECENT] = (work.sequence, ready.signature[: _SIGNATURE.size])
         if self.failure is not None and work.state == _fastpath.FLYING:
             self.engine.break_group(self.identity, self.failure)  # it broke between the two lines above
         loop = asyncio._get_running_loop()
@@ -162,7 +163,9 @@ class CoreGroup:
         about = f"{call.dtype.name.lower()}, {nbytes} B" if call.kind is not Collective.BARRIER else "all ranks"
         if call.part:
             about = "object" if call.part == "header" else f"object, a piece of {nbytes} B"
-        ready = _Ready(program, self._signature(call, nbytes, schedule.name), self._channel(call), about)
+        pairs = call.kind is Collective.ALL_TO_ALL_V
+        signature = self._signatures_of_pairs(call, schedule.name) if pairs else self._signature(call, nbytes, schedule.name)
+        ready = _Ready(program, signature, self._channel(call), about)
         if len(self._plans) >= _PLANS_MOST:
             self._plans.clear()
         self._plans[call] = ready
@@ -181,6 +184,13 @@ class CoreGroup:
         root = -1 if p2p else call.root
         tag = hash64(*call.counts) if call.counts else call.tag & (2**64 - 1)
         return _SIGNATURE.pack(0, kind, call.dtype, call.op, len(shape), nbytes, root, self.size, fingerprint, tag, *dims)
+
+    def _signatures_of_pairs(self, call: Call, algorithm: str) -> bytes:
+        """Of an all-to-all with counts: for each rank what both must know alike of what they exchange, the lower rank's rows first."""
+        rows = zip(call.counts[: self.size], call.counts[self.size :], strict=True)
+        pairs = [(sent, received) if self.rank < peer else (received, sent) for peer, (sent, received) in enumerate(rows)]
+        any_rows = call._replace(shape=(0, *call.shape[1:]), counts=())
+        return b"".join(self._signature(any_rows._replace(tag=down), up, algorithm) for up, down in pairs)
 
     def _channel(self, call: Call) -> int:
         apart = () if call.part in ("", "header") else (call.part,)
@@ -242,7 +252,11 @@ def explain_signature(signature: bytes, role: int | None = None) -> str:
         parts = [f"{name} #{sequence}", DType(dtype).name.lower()]
         shape = tuple(dims[:ndim]) if ndim <= _PLAIN_DIMS else f"({dims[0]}, {dims[1]}, ... {ndim} dimensions)"
         parts += [Op(op).name.lower()] if kind in _REDUCING else []
-        parts += [f"shape {shape}", f"{nbytes} B"]
+        if kind == Collective.ALL_TO_ALL_V:
+            rows = f"rows of shape {shape[1:]}" if ndim <= _PLAIN_DIMS else f"rows of {ndim - 1} dimensions"
+            parts += [rows, f"{nbytes} from the lower to the higher rank and {tag} back"]
+        else:
+            parts += [f"shape {shape}", f"{nbytes} B"]
         parts += [f"root {root}"] if kind in _ROOTED else []
         parts += [f"counts {tag:016x} (a hash)"] if kind in _COUNTED else []
         parts += [f"tag {tag - 2**64 if tag >= 2**63 else tag}"] if kind == Collective.SEND else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import random
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,29 +59,32 @@ class SimWorld:
 
     def submit(
         self, rank: int, schedule: Schedule, x: np.ndarray | None, out: np.ndarray | None, *, op: Op = Op.SUM, group: int = 1,
-        channel: int = 1, ranks: list[int] | None = None, alias: tuple[int, int] | None = None, mark: bytes = b"", dtype: Any = None,
+        channel: int = 1, ranks: list[int] | None = None, alias: tuple[int, int] | None = None, mark: bytes | list[bytes] = b"",
+        dtype: Any = None,
     ) -> _fastpath.Work:
+        """Start one rank's part; ``mark`` is what peers compare, or one for every rank of the group."""
         ranks = list(range(self.size)) if ranks is None else ranks
         me = ranks.index(rank)
         links = [0 if r == rank else self.lanes for r in ranks]
         code = code_of(dtype if dtype is not None else (x if x is not None else out).dtype)  # type: ignore[union-attr]
         program = _fastpath.Program(schedule, code, Op.SUM if op is Op.MEAN else op, links, alias)
         work = _fastpath.Work()
-        signature = struct.pack("<I60s", 0, mark)
+        signature = b"".join(struct.pack("<I60s", 0, each) for each in ([mark] if isinstance(mark, bytes) else mark))
         assert me >= 0
         status = self.engines[rank].submit(work, program, group, channel, signature, ranks, len(ranks), x, out, self.submit_budget)
         self._follow(rank, status)
         return work
 
     def collective(self, rank: int, kind: Collective, x: np.ndarray | None, out: np.ndarray | None, *, op: Op = Op.SUM, root: int = 0,
-                   ranks: list[int] | None = None, full_mesh: bool = True, count: int | None = None, **more: Any) -> _fastpath.Work:
+                   ranks: list[int] | None = None, full_mesh: bool = True, count: int | None = None, counts: Sequence[int] = (),
+                   **more: Any) -> _fastpath.Work:
         ranks = list(range(self.size)) if ranks is None else ranks
         array = x if x is not None else out
         dtype = DType.UINT8 if array is None else code_of(array.dtype)
         if count is None:
             count = 0 if array is None else (out.size if kind is Collective.REDUCE_SCATTER and out is not None else array.size)
         schedule = choose(kind, rank=ranks.index(rank), size=len(ranks), count=count, dtype=dtype, op=op, lanes=self.lanes,
-                          full_mesh=full_mesh, root=root)
+                          full_mesh=full_mesh, root=root, counts=counts)
         return self.submit(rank, schedule, x, out, op=op, ranks=ranks, dtype=np.uint8 if array is None else None, **more)
 
     def step(self, rank: int, budget: int = NEVER) -> int:

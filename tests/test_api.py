@@ -27,7 +27,8 @@ from rt.world import GOODBYE_SECONDS
 
 OPS = (
     "all_reduce", "all_sum", "all_max", "all_min", "all_gather", "sum_scatter", "broadcast", "barrier", "send", "recv", "recv_like",
-    "reduce", "gather", "scatter", "all_to_all",
+    "reduce", "gather", "scatter", "all_to_all", "all_gather_v", "reduce_scatter_v", "gather_v", "scatter_v", "all_to_all_v", "scan",
+    "exscan", "sendrecv",
 )  # fmt: skip
 OBJECTS = ("send_object", "recv_object", "broadcast_object", "gather_objects", "all_gather_objects")
 CALLS = (*OPS, *OBJECTS, "init", "is_available", "rank", "size", "close", "abort", "average_gradients")
@@ -76,7 +77,7 @@ def test_what_every_operation_takes_by_keyword_only(name: str) -> None:
     found = {p.name: p for p in inspect.signature(getattr(rt, name)).parameters.values()}
     expected = {"group", "stream", "timeout", "key"}
     expected |= {"out"} if name not in ("barrier", "send") else set()
-    expected |= {"tag"} if name in ("send", "recv", "recv_like") else set()
+    expected |= {"tag"} if name in ("send", "recv", "recv_like", "sendrecv") else set()
     assert {p.name for p in found.values() if p.kind is p.KEYWORD_ONLY} == expected
     assert all(found[each].default is None for each in expected - {"tag"})
     assert "tag" not in expected or found["tag"].default == 0
@@ -167,9 +168,13 @@ def test_a_group_of_one_returns_x() -> None:
     for each in (x, scalar):
         for call in (
             group.all_sum, group.all_max, group.all_min, group.all_reduce, group.all_gather, group.sum_scatter, group.broadcast,
-            group.reduce, group.gather, group.scatter, group.all_to_all,
+            group.reduce, group.gather, group.scatter, group.all_to_all, group.scan,
         ):  # fmt: skip
             assert call(each) is each, call
+    for call in (group.all_gather_v, group.reduce_scatter_v, group.gather_v, group.scatter_v):
+        assert call(x, [3]) is x, call
+    assert group.all_to_all_v(x, [3], [3]) is x
+    assert np.array_equal(group.exscan(x, "prod"), np.ones_like(x))
     out = np.empty_like(x)
     assert group.all_sum(x, out=out) is out and np.array_equal(out, x)
     assert group.barrier() is None  # type: ignore[func-returns-value]
@@ -177,6 +182,8 @@ def test_a_group_of_one_returns_x() -> None:
     assert (group.split(3).size(), group.split(3, 5).rank()) == (1, 0)
     with pytest.raises(ValueError, match="Cannot send to a singleton group"):
         group.send(x, 0)
+    with pytest.raises(ValueError, match="Cannot send to a singleton group"):
+        group.sendrecv(x, 0, 0)
     for call in (lambda: group.recv((2,), np.float32, 0), lambda: group.recv_like(x, 0)):
         with pytest.raises(ValueError, match="Cannot recv from a singleton group"):
             call()

@@ -111,7 +111,11 @@ def test_every_choice_is_right(kind: Collective) -> None:
 def test_blocks_of_different_lengths_go_by_the_largest() -> None:
     def names(kind: Collective, counts: list[int], mesh: bool = True) -> set[str]:
         size, given = len(counts), {"count": sum(counts), "counts": counts, "dtype": DType.UINT8, "op": Op.SUM, "lanes": 1}
-        return {choose(kind, rank=r, size=size, full_mesh=mesh, **given).name for r in range(size)}  # type: ignore[arg-type]
+        plans = [choose(kind, rank=r, size=size, full_mesh=mesh, root=1, **given) for r in range(size)]  # type: ignore[arg-type]
+        assert_matched(plans)
+        for rank, plan in enumerate(plans):
+            assert {step.peer for step in plan.steps} >= {(rank + 1) % size, (rank - 1) % size}, "neighbours always compare their calls"
+        return {plan.name for plan in plans}
 
     for kind in (Collective.ALL_GATHER_V, Collective.REDUCE_SCATTER_V):
         assert names(kind, [0, 64 * KIB, 1, 64 * KIB]) == {"direct"}
@@ -120,6 +124,7 @@ def test_blocks_of_different_lengths_go_by_the_largest() -> None:
         assert names(kind, [4 * KIB, 0, 1, 0]) == {"binomial"}
         assert names(kind, [4 * KIB + 1, 0, 1, 0]) == {"direct"}
         assert names(kind, [1, 0, 0, 0], False) == {"ring"}
+        assert names(kind, [0, 9]) == names(kind, [0, 0, 0, 9, 0]) == {"binomial"}, "nothing but the root's own"
     assert choose(
         Collective.ALL_TO_ALL_V, rank=0, size=2, count=0, dtype=DType.INT8, op=Op.SUM, lanes=1, full_mesh=True, counts=[0] * 4
     ).steps, "those that exchange nothing are compared, too"

@@ -93,6 +93,24 @@ def test_a_call_that_ended_is_still_compared() -> None:
     assert world.events[0][0][6][4:5] == b"a"
 
 
+def test_signatures_of_pairs_are_compared_by_pairs() -> None:
+    """Each rank says something else to each peer; only the two that disagree notice, and what they sent each other does not land."""
+    size = 4
+    for odd in (False, True):
+        world = SimWorld(size, capacity=1 << 16, wakes=True)
+        outs = [np.full(size, -7) for _ in range(size)]
+        for rank in range(size):
+            marks = [b"%d to %d" % (min(rank, peer), max(rank, peer)) for peer in range(size)]
+            if odd and rank == 2:
+                marks[1] = b"differs"
+            world.collective(rank, Collective.ALL_TO_ALL, np.arange(size) + 10 * rank, outs[rank], mark=marks, count=1)
+        settle(world)
+        assert [kinds(world, rank) for rank in range(size)] == ([set(), {MISMATCH}, {MISMATCH}, set()] if odd else [set()] * size)
+        assert not odd or (world.events[1][0][6][4:10], world.events[1][0][7][4:11]) == (b"1 to 2", b"differs")
+        assert (outs[1][2], outs[2][1]) == ((-7, -7) if odd else (21, 12))
+        assert outs[0].tolist() == [0, 10, 20, 30]
+
+
 # -- broken groups ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ Worlds cost time, so a body checks many calls in a loop; the label of a failed c
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import pytest
 from ranks import FRONTS, results
 from test_collectives import Array, reduced, same, sample
 
-from rt.dtypes import DType, Op, op_supported
+from rt.dtypes import INEXACT, DType, Op, numpy_dtype, op_supported
+from rt.errors import CollectiveTimeoutError, GroupBrokenError
 
 fronts = pytest.mark.parametrize("front", FRONTS)
 CASES = [(dtype, op) for dtype in DType for op in Op if op_supported(dtype, op)]
@@ -186,3 +188,232 @@ async def refusals(rt: Any, group: Any, ctl: Any) -> int:
 @fronts
 def test_refused_arguments(front: str) -> None:
     assert len(set(results(2, refusals, front=front))) == 1
+
+
+# ---- blocks of any lengths --------------------------------------------------------------------------------------------------------------
+
+
+def uneven(size: int, seed: int) -> list[list[int]]:
+    """Counts of rows of 4 items: nothing at all, all on one rank, small, and around and far above 64 KiB."""
+    draw = np.random.default_rng(seed)
+    one = [0] * size
+    one[seed % size] = 50
+    return [[0] * size, one, *(draw.integers(0, most, size).tolist() for most in (3, 40, 9000)), [(r + 1) * 60_000 for r in range(size)]]
+
+
+async def counted(rt: Any, group: Any, ctl: Any, pick: int) -> None:
+    me, size = group.rank(), group.size()
+    for number, counts in enumerate(uneven(size, pick)):
+        dtype = (DType.FLOAT32, DType.BFLOAT16, DType.COMPLEX64, DType.INT32)[(number + pick) % 4]
+        blocks = [sample(dtype, (count, 4), r, number) for r, count in enumerate(counts)]
+        joined = np.concatenate(blocks)
+        wholes = [sample(dtype, (sum(counts), 4), r, number) for r in range(size)]
+        mine = slice(sum(counts[:me]), sum(counts[: me + 1]))
+        total = reduced(dtype, Op.SUM, wholes)[mine]
+        root = (number + pick) % size
+        label = (dtype, counts, root)
+        same(await rt.all_gather_v(blocks[me], counts), joined, "all_gather_v", *label)
+        same(await rt.reduce_scatter_v(wholes[me], counts), total, "reduce_scatter_v", *label)
+        for_root(await rt.gather_v(blocks[me], np.array(counts), root), joined, me == root, "gather_v", *label)
+        same(await rt.scatter_v(wholes[me], tuple(counts), root), wholes[root][mine], "scatter_v", *label)
+        whole = np.full_like(joined, 77)
+        whole[mine] = blocks[me]
+        assert await rt.all_gather_v(whole[mine], counts, out=whole) is whole
+        same(whole, joined, "all_gather_v in place", *label)
+        whole[:] = 77
+        whole[mine] = blocks[me]
+        for_root(await rt.gather_v(whole[mine], counts, root, out=whole), joined, me == root, "gather_v in place", *label)
+        whole = wholes[me].copy()
+        same(await rt.reduce_scatter_v(whole, counts, out=whole[mine]), total, "reduce_scatter_v in place", *label)
+        whole = wholes[me].copy()
+        found = await rt.scatter_v(whole if me == root else None, counts, root, out=whole[mine])
+        same(found, wholes[root][mine], "scatter_v in place", *label)
+        await crossed(rt, group, dtype, counts, number)
+
+
+async def crossed(rt: Any, group: Any, dtype: DType, counts: list[int], seed: int) -> None:
+    """What rank i sends rank j is what the table says; a symmetric one may be exchanged in place."""
+    me, size = group.rank(), group.size()
+    draw = np.random.default_rng(seed)
+    table = draw.permuted(np.tile(counts, (size, 1)), axis=1)
+    for rows in (table, table + table.T):
+        blocks = [[sample(dtype, (rows[i, j], 4), 10 * i + j, seed) for j in range(size)] for i in range(size)]
+        x, expected = np.concatenate(blocks[me]), np.concatenate([blocks[i][me] for i in range(size)])
+        same(await rt.all_to_all_v(x, rows[me], rows[:, me]), expected, "all_to_all_v", dtype, rows)
+    assert await rt.all_to_all_v(x, rows[me], rows[:, me], out=x) is x
+    same(x, expected, "all_to_all_v in place", dtype, rows)
+
+
+@fronts
+@pytest.mark.parametrize("size", [2, 4])
+def test_blocks_of_any_lengths(front: str, size: int) -> None:
+    results(size, counted, front=front, args=(FRONTS.index(front),), timeout=60)
+
+
+def test_blocks_over_several_sockets() -> None:
+    results(3, counted, front="asyncio", args=(5,), env={"RT_CONNECTIONS_PER_IP": "3"}, timeout=60)
+
+
+async def counts_refused(rt: Any, group: Any, ctl: Any) -> int:
+    me = group.rank()
+    x = np.zeros((3, 2), np.float32)
+    attempts: list[tuple[type[Exception], str, Any]] = [
+        (ValueError, "2 numbers", lambda: rt.all_gather_v(x, [3])),
+        (ValueError, "none negative", lambda: rt.gather_v(x, [4, -1])),
+        (TypeError, "sequence of integers", lambda: rt.scatter_v(x, 3)),
+        (TypeError, "sequence of integers", lambda: rt.scatter_v(x, [1.5, 1.5])),
+        (ValueError, r"counts\[.\] = 2 rows along axis 0, but has shape \(3, 2\)", lambda: rt.all_gather_v(x, [2, 2])),
+        (ValueError, r"sum\(counts\) = 4 rows", lambda: rt.reduce_scatter_v(x, [2, 2])),
+        (ValueError, r"sum\(counts\) = 4 rows", lambda: rt.scatter_v(x, [2, 2])),
+        (ValueError, r"sum\(send_counts\) = 5 rows", lambda: rt.all_to_all_v(x, [2, 3], [2, 3])),
+        (ValueError, "what this rank sends itself", lambda: rt.all_to_all_v(x, [1, 2], [2, 1])),
+        (ValueError, "overlaps", lambda: rt.all_to_all_v(x[:2], [1, 1], [1, 2] if me == 0 else [2, 1], out=x)),
+        (ValueError, "rows along axis 0", lambda: rt.all_gather_v(1.0, [1, 1])),
+    ]
+    for kind, text, call in attempts:
+        with pytest.raises(kind, match=text):
+            await call()
+    same(await rt.all_sum(np.ones(1)), np.full(1, 2.0))
+    return len(attempts)
+
+
+@fronts
+def test_refused_counts(front: str) -> None:
+    assert len(set(results(2, counts_refused, front=front))) == 1
+
+
+# ---- scans and sendrecv -----------------------------------------------------------------------------------------------------------------
+
+
+def identity(dtype: DType, op: Op, shape: Any) -> Array:
+    to = numpy_dtype(dtype)
+    if op in (Op.MIN, Op.MAX) and dtype in INEXACT:
+        end = np.inf if op is Op.MIN else -np.inf
+        return np.full(shape, complex(end, end) if to.kind == "c" else end, to)
+    if op in (Op.MIN, Op.MAX) and dtype is not DType.BOOL:
+        return np.full(shape, np.iinfo(to).max if op is Op.MIN else np.iinfo(to).min, to)
+    if op is Op.AND:
+        return np.invert(np.zeros(shape, to))
+    return np.full(shape, {Op.PROD: 1, Op.MIN: True, Op.MAX: False}.get(op, 0), to)
+
+
+async def prefixes(rt: Any, group: Any, ctl: Any) -> None:
+    me, size = group.rank(), group.size()
+    for number, (dtype, op) in enumerate(CASES):
+        if op is Op.MEAN:
+            with pytest.raises(ValueError, match="mean"):
+                await rt.scan(sample(dtype, (3,), me), "mean")
+            continue
+        for shape in ((), (0, 3), (7,), (9001,)):
+            inputs = [sample(dtype, shape, r, number) for r in range(size)]
+            name, before = op.name.lower(), inputs[me].copy()
+            inclusive = reduced(dtype, op, inputs[: me + 1])
+            exclusive = reduced(dtype, op, inputs[:me]) if me else identity(dtype, op, shape)
+            same(await rt.scan(inputs[me], name), inclusive, "scan", dtype, op, shape)
+            same(await rt.exscan(inputs[me], name), exclusive, "exscan", dtype, op, shape)
+            same(inputs[me], before, "input", dtype, op, shape)
+            same(reduced(dtype, op, [identity(dtype, op, shape), inputs[me]]), inputs[me], "identity", dtype, op)
+            for call, expected in ((rt.scan, inclusive), (rt.exscan, exclusive)):
+                x = inputs[me].copy()
+                assert await call(x, name, out=x) is x
+                same(x, expected, "in place", call, dtype, op, shape)
+
+
+@fronts
+@pytest.mark.parametrize("size", [2, 4])
+def test_scans(front: str, size: int) -> None:
+    results(size, prefixes, front=front, timeout=60)
+
+
+async def long_prefixes(rt: Any, group: Any, ctl: Any) -> None:
+    me, size = group.rank(), group.size()
+    for dtype in (DType.FLOAT16, DType.FLOAT32, DType.INT8):
+        for count in (16_384, 16_385, 786_433):
+            inputs = [sample(dtype, count, r, count) for r in range(size)]
+            same(await rt.scan(inputs[me]), reduced(dtype, Op.SUM, inputs[: me + 1]), "scan", dtype, count)
+            exclusive = reduced(dtype, Op.SUM, inputs[:me]) if me else np.zeros(count, numpy_dtype(dtype))
+            same(await rt.exscan(inputs[me]), exclusive, "exscan", dtype, count)
+            out = inputs[me].copy()
+            same(await rt.exscan(out, out=out), exclusive, "exscan in place", dtype, count)
+
+
+@fronts
+def test_long_scans(front: str) -> None:
+    results(5, long_prefixes, front=front, timeout=60)
+
+
+async def around(rt: Any, group: Any, ctl: Any) -> None:
+    """Everybody to the right, then to the left, and in place: blocking ranks in a ring must not wait for each other."""
+    me, size = group.rank(), group.size()
+    right, left = (me + 1) % size, (me - 1) % size
+    for count in (0, 1, 1000, 16_384, 16_385, 786_433):
+        x = np.full((count,), me, np.float32)
+        same(await rt.sendrecv(x, right, left), np.full(count, left, np.float32), "right", count)
+        same(await rt.sendrecv(x, left, right, tag=3), np.full(count, right, np.float32), "left", count)
+        same(x, np.full(count, me, np.float32), "x", count)
+        assert await rt.sendrecv(x, right, left, out=x) is x
+        same(x, np.full(count, left, np.float32), "in place", count)
+    # A chain of different shapes and dtypes, and a partner that calls send and recv.
+    x, out = np.arange(2 + me, dtype=np.int16), np.empty(2 + left, np.int16)
+    same(await rt.sendrecv(x, right, left, out=out), np.arange(2 + left, dtype=np.int16), "shapes")
+    if me == 0:
+        same(await rt.sendrecv(np.full(3, 1.0), 1, 1), np.full(3, 2.0), "with send and recv")
+    elif me == 1:
+        same(await rt.recv(3, np.float64, 0), np.full(3, 1.0))
+        await rt.send(np.full(3, 2.0), 0)
+    for call in (lambda: rt.sendrecv(x, me, left), lambda: rt.sendrecv(x, right, me), lambda: rt.sendrecv(x, size, left)):
+        with pytest.raises(ValueError, match="Invalid"):
+            await call()
+    same(await rt.all_sum(1), np.asarray(size))
+
+
+@fronts
+@pytest.mark.parametrize("size", [2, 3])
+def test_sendrecv(front: str, size: int) -> None:
+    results(size, around, front=front)
+
+
+async def cancelled(rt: Any, group: Any, ctl: Any) -> None:
+    """Both halves give the caller's memory back, and go on."""
+    me, count = group.rank(), 1 << 20
+    x = np.full(count, 1.0 + me)
+    if me == 0:
+        work = rt.sendrecv(x, 1, 1, out=np.empty(count))
+        task = asyncio.ensure_future(work)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not work.done()
+        x[:] = -1
+        await rt.barrier()
+    else:
+        await rt.barrier()
+        same(await rt.sendrecv(x, 0, 0), np.full(count, 1.0), "what was sent before it was cancelled")
+    same(await rt.all_sum(1), np.asarray(2))
+
+
+@pytest.mark.parametrize("front", FRONTS[1:])
+def test_a_cancelled_sendrecv_goes_on(front: str) -> None:
+    results(2, cancelled, front=front)
+
+
+async def late(rt: Any, group: Any, ctl: Any) -> None:
+    """The time limit counts for each half, whichever is late."""
+    x = np.ones(1 << 20)
+    for half in ("both", "send"):
+        sub = await group.split(0)
+        if group.rank() == 0:
+            with pytest.raises(CollectiveTimeoutError):
+                await sub.sendrecv(x, 1, 1, timeout=0.3)
+        else:
+            with pytest.raises(GroupBrokenError):
+                if half == "send":
+                    await sub.send(x, 0)
+                await sub.recv_like(x, 0, tag=9)
+    same(await rt.all_sum(1), np.asarray(2))
+
+
+@fronts
+def test_a_late_sendrecv(front: str) -> None:
+    results(2, late, front=front)

@@ -63,14 +63,24 @@ async def disagree(rt: Any, world: Any, ctl: ranks.Ctl) -> dict[str, Any]:
     """Go through all cases; the odd rank is the second of two, the third of four."""
     size = world.size()
     odd_rank = min(size - 1, 2)
-    found: dict[str, Any] = {}
-    for name, case in CASES.items():
-        group = await world.split(0)
-        mine = np.arange(24, dtype=np.float32).reshape(SHAPE) + world.rank()
-        found[name] = await provoke(group, case.odd if world.rank() == odd_rank else case.usual, mine)
+    found = await each_case(world, CASES)
     found["order"] = await provoke_in_order(await world.split(0), world.rank() == odd_rank)
     total = await world.all_sum(np.float64(world.rank()))
     assert total == size * (size - 1) / 2, "the world outlives its groups"
+    return found
+
+
+async def each_case(world: Any, cases: dict[str, Case]) -> dict[str, Any]:
+    odd_rank = min(world.size() - 1, 2)
+    found: dict[str, Any] = {}
+    for name, case in cases.items():
+        group = await world.split(0)
+        mine = np.arange(24, dtype=np.float32).reshape(SHAPE) + world.rank()
+        try:
+            found[name] = await provoke(group, case.odd if world.rank() == odd_rank else case.usual, mine)
+        except BaseException as error:
+            error.add_note(f"in the case {name!r}")
+            raise
     return found
 
 
@@ -117,8 +127,11 @@ def told_by(body: Callable[..., Any], front: str, size: int, name: str) -> list[
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", [*CASES, "order"])
 def test_disagreement_about(name: str, size: int, front: str) -> None:
-    told = told_by(disagree, front, size, name)
-    said = CASES[name].said if name in CASES else ("all_reduce", "broadcast")
+    check_verdict(told_by(disagree, front, size, name), CASES[name].said if name in CASES else ("all_reduce", "broadcast"))
+
+
+def check_verdict(told: list[Any], said: tuple[str, str]) -> None:
+    """All ranks told the same of both sides, now and later, at once."""
     verdicts = {words[words.index("ranks disagree") :].split(" after ")[0] for _, first, later, _, _ in told for words in (first, later)}
     assert len(verdicts) == 1, "all ranks tell the same, and go on telling it"
     sides = verdicts.pop().removeprefix("ranks disagree: ").split(", but ")
