@@ -66,7 +66,7 @@ async def sums(rt: Any, group: Any, ctl: Any) -> None:
         assert found.dtype == x.dtype and np.allclose(found, await rt.all_reduce(x, "mean")), x.shape
     ints = [np.arange(4), np.array([[me]])]
     same(await rt.all_reduce(ints, "xor"), [ints[0] if size % 2 else 0 * ints[0], np.array([[0 ^ 1 ^ (2 if size > 2 else 0)]])])
-    assert await rt.all_sum([]) == [] and await rt.all_max(()) == []
+    assert await rt.all_sum([]) == [] and await rt.all_max(()) == [] and await rt.all_reduce([], "mean") == []
     same(await rt.all_sum([xs[3]]), [total(np.add, size)[3]])
     assert (await rt.all_sum([array.array("d", [me, 1]), bytearray([2])]))[0] == array.array("d", [sum(range(size)), size])
     results = await rt.all_sum([np.ones(3), np.ones(4)])
@@ -87,9 +87,9 @@ class Counting:
         self.calls: list[tuple[str, int, bool]] = []
         original = CoreGroup.submit
 
-        def submit(group: CoreGroup, what: str, call: Call, source: Any, target: Any, work: Any) -> None:
+        def submit(group: CoreGroup, what: str, call: Call, source: Any, target: Any, work: Any, *rest: Any) -> None:
             self.calls.append((call.dtype.name.lower(), call.items, work.borrows_source))
-            original(group, what, call, source, target, work)
+            original(group, what, call, source, target, work, *rest)
 
         CoreGroup.submit = submit  # type: ignore[method-assign]
 
