@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rt import _fastpath, arrays
-from rt.aio import Work
+from rt.aio import BUDGET_BYTES, Work
 from rt.arrays import Array, Wrap
 from rt.dtypes import DType, Op, check_op, code_of
 from rt.group import Call, CoreGroup, hash64
@@ -154,13 +154,12 @@ class Works(Work):
 
     Attributes:
         parts: in the order in which they were submitted.
-        given_back: the caller's memory is the caller's again, ``out`` included.
     """
 
-    def __init__(self, parts: list[Work], about: str) -> None:
+    def __init__(self, parts: list[Work], about: str, on_give_back: Callable[[], None]) -> None:
         super().__init__(parts[0].group, parts[0].what, about)
         self.parts = parts
-        self.given_back = False
+        self._on_give_back = on_give_back
         self._flying = parts[::-1]
         self._watch()
 
@@ -188,7 +187,7 @@ class Works(Work):
         return f"{self.what} #{first} to #{last} ({self.about})" if first != last else f"{self.what} #{first} ({self.about})"
 
     def _give_back(self) -> Generator[None, None, None]:
-        self.given_back = True
+        self._on_give_back()
         for part in self.parts:
             yield from part._give_back()
 
@@ -202,6 +201,7 @@ def start(
         targets: per array where its result goes if it travels alone; None: to memory of ours.
     """
     works = []
+    budget = BUDGET_BYTES // max(1, len(layout.buckets))  # a call may take no longer than any other turn of a loop
     for bucket in layout.buckets:
         work = Work(group)
         alias: tuple[int, int] | None = (0, 0)
@@ -219,26 +219,24 @@ def start(
             source = target = np.concatenate(parts, dtype=bucket.dtype, casting="unsafe") if parts else np.empty(0, bucket.dtype)
         work.result = target
         call = Call(Collective.ALL_REDUCE, bucket.code, op, shape, bucket.items, tag=layout.tag, alias=alias)
-        group.submit(what, call, source, target, work)
+        group.submit(what, call, source, target, work, budget)
         works.append(work)
     return works
 
 
-def hold(works: list[Work], about: str, finish: Callable[[list[Array]], Any], given_back: Callable[[], Any] | None = None) -> Work:
+def hold(
+    works: list[Work], about: str, finish: Callable[[list[Array]], Any], on_give_back: Callable[[], None] | None = None
+) -> Work:
     """Return one work that stands for several and hands out what ``finish`` makes of their results.
 
     Args:
-        given_back: what ``finish`` is to be replaced by where the caller's memory was given back; None: ``finish`` writes to none.
+        on_give_back: called when the caller's memory must be the caller's again; None: ``finish`` writes to none.
     """
-    if len(works) == 1 and given_back is None:
+    if len(works) == 1 and on_give_back is None:
         works[0].hand_out = lambda result: finish([result])
         return works[0]
-    whole = Works(works, about)
-
-    def hand_out(parts: list[Work]) -> Any:
-        return given_back() if whole.given_back and given_back is not None else finish([part.outcome() for part in parts])
-
-    whole.hand_out = hand_out
+    whole = Works(works, about, on_give_back or (lambda: None))
+    whole.hand_out = lambda parts: finish([part.outcome() for part in parts])
     return whole
 
 
@@ -253,7 +251,7 @@ def all_reduce(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str)
     outs = None if out is None else _outs(out, given.items, what)
     # A list of nothing is a call as any other, to be compared with those of the other ranks.
     layout = layout_of(given.items or [_NOTHING], None, _BUCKET_BYTES, ALONE_BYTES)
-    for code in layout.codes:
+    for code in layout.codes if given.items else ():
         check_op(code, op, what)
     if group.size == 1:
         work = Work(group)
@@ -266,15 +264,15 @@ def all_reduce(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str)
     about = f"{len(xs)} arrays"
     if outs is None:
         return hold(works, about, lambda results: given.hand_out(layout.cut(results)[: len(xs)]))
-    answer = list(out)
+    answer, written = list(out), outs
 
     def write(results: list[Array]) -> list[Any]:
-        for piece, target in zip(layout.cut(results), outs, strict=False):
+        for piece, target in zip(layout.cut(results), written, strict=False):  # none is left where the memory was given back
             if piece is not target:
                 np.copyto(target, piece)
         return answer
 
-    return hold(works, about, write, lambda: answer)
+    return hold(works, about, write, written.clear)
 
 
 _NOTHING = np.empty(0, np.uint8)
@@ -297,7 +295,7 @@ def _check_overlaps(items: Sequence[Array], outs: Sequence[Array], what: str) ->
     for index, (x, out) in enumerate(zip(items, outs, strict=True)):
         begin, end = _bounds(out)
         spans.append((begin, end, index, True))
-        if _bounds(x) != (begin, end) or x.strides != out.strides:
+        if _bounds(x) != (begin, end) or not x.flags.c_contiguous:
             spans.append((*_bounds(x), index, False))
     spans = sorted(span for span in spans if span[0] < span[1])
     ends = {True: (0, -1), False: (0, -1)}  # the furthest end so far, and whose

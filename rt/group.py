@@ -113,7 +113,7 @@ class CoreGroup:
 
     # -- submitting
 
-    def submit(self, what: str, call: Call, source: Any, target: Any, work: Work) -> None:
+    def submit(self, what: str, call: Call, source: Any, target: Any, work: Work, budget: int = BUDGET_BYTES) -> None:
         """Start ``work``; arguments are checked by now. Raises the group's error if it is broken or closed."""
         assert self.engine is not None
         work.what = what
@@ -124,7 +124,7 @@ class CoreGroup:
         if self.failure is not None:
             raise self.failure(work)
         status = self.engine.submit(
-            work, ready.program, self.identity, ready.channel, ready.signature, self.ranks, self.size, source, target, BUDGET_BYTES
+            work, ready.program, self.identity, ready.channel, ready.signature, self.ranks, self.size, source, target, budget
         )
         if ready.channel == self.identity:
             self._recent[work.sequence % _RECENT] = (work.sequence, ready.signature[: _SIGNATURE.size])

@@ -5,6 +5,7 @@ May live here: where it is, what it holds, how ranks run in it. May not: tests.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sysconfig
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+BIN = ROOT / ".venv-peers" / "bin"
+PYTHON = BIN / "python"
 # This environment's packages come first: ranks there need NumPy, pytest, uvloop and rt's dependencies from here.
 LENT: dict[str, Any] = {
     "python": str(PYTHON),
@@ -22,21 +24,23 @@ LENT: dict[str, Any] = {
 }
 
 
+@functools.cache
 def _extension_suffix() -> str:
     code = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"
     return subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout.strip()
 
 
-def missing(package: str) -> str:
-    """Return why ranks cannot use a package of the peers', "" if they can."""
-    if not PYTHON.exists() or not list((ROOT / ".venv-peers").glob(f"lib/python*/site-packages/{package}")):
-        return f"no {package} in .venv-peers: make peers"
+def missing(name: str) -> str:
+    """Return why a program or package of the peers' cannot be used, "" if it can."""
+    packages = ROOT.glob(f".venv-peers/lib/python*/site-packages/{name}")
+    if not PYTHON.exists() or not ((BIN / name).exists() or any(packages)):
+        return f"no {name} in .venv-peers: make peers"
     ours = sysconfig.get_config_var("EXT_SUFFIX")
     theirs = _extension_suffix()
     return "" if theirs == ours else f".venv-peers has extensions {theirs}, this Python {ours}"
 
 
-def needs_peers(package: str) -> pytest.MarkDecorator:
-    """Return the mark that skips a test, with the reason, where a package of the peers' is missing."""
-    reason = missing(package)
+def needs_peers(name: str) -> pytest.MarkDecorator:
+    """Return the mark that skips a test, with the reason, where a program or package of the peers' is missing."""
+    reason = missing(name)
     return pytest.mark.skipif(bool(reason), reason=reason or "-")

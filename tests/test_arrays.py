@@ -9,8 +9,10 @@ torch, MLX and JAX live in ``.venv-peers`` (``make peers``): bodies that need th
 from __future__ import annotations
 
 import array
+import asyncio
 import ctypes
 import mmap
+import os
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -209,28 +211,29 @@ def test_in_a_group_of_one_every_kind_comes_back_itself(monkeypatch: pytest.Monk
 
 
 async def cancelled_early(rt: Any, group: Any, ctl: Any) -> None:
-    """A call made and given up before the group has formed counts with what it was given then, whatever becomes of the memory."""
-    import asyncio
-    import os
-
+    """Calls made and given up before the group has formed count with what they were given then, whatever becomes of the memory."""
+    x, y = array.array("d", [1, 2]), np.ones(2)
     if os.environ["RT_RANK"] == "1":
         ctl.hear()
-        assert (await rt.all_sum(array.array("d", [0, 0]))).tolist() == [1.0, 2.0]
-        return
-    x = array.array("d", [1, 2])
-    early = rt.all_sum(x)
+    calls = [rt.all_sum(x), rt.all_sum([y, x]), rt.average_gradients({"a": (y, None)})]
+    if os.environ["RT_RANK"] == "0":
+        tasks = [asyncio.ensure_future(awaited(call)) for call in calls]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        assert [type(e) for e in await asyncio.gather(*tasks, return_exceptions=True)] == [asyncio.CancelledError] * 3
+        x[:] = array.array("d", [9, 9])
+        y[:] = 9
+        ctl.tell("gave up")
+    assert await calls[0] == array.array("d", [2, 4])
+    first, second = await calls[1]
+    assert first.tolist() == [2, 2] and second == array.array("d", [2, 4])
+    (mean, nothing) = (await calls[2])["a"]
+    assert mean.tolist() == [1, 1] and nothing is None
 
-    async def impatient() -> None:
-        await early
 
-    task = asyncio.create_task(impatient())
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    x[:] = array.array("d", [9, 9])
-    ctl.tell("gave up")
-    assert await early == array.array("d", [1, 2])
+async def awaited(call: Any) -> Any:
+    return await call
 
 
 @pytest.mark.parametrize("front", FRONTS[1:])

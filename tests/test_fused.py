@@ -66,7 +66,7 @@ async def sums(rt: Any, group: Any, ctl: Any) -> None:
         assert found.dtype == x.dtype and np.allclose(found, await rt.all_reduce(x, "mean")), x.shape
     ints = [np.arange(4), np.array([[me]])]
     same(await rt.all_reduce(ints, "xor"), [ints[0] if size % 2 else 0 * ints[0], np.array([[0 ^ 1 ^ (2 if size > 2 else 0)]])])
-    assert await rt.all_sum([]) == [] and await rt.all_max(()) == []
+    assert await rt.all_sum([]) == [] and await rt.all_max(()) == [] and await rt.all_reduce([], "mean") == []
     same(await rt.all_sum([xs[3]]), [total(np.add, size)[3]])
     assert (await rt.all_sum([array.array("d", [me, 1]), bytearray([2])]))[0] == array.array("d", [sum(range(size)), size])
     results = await rt.all_sum([np.ones(3), np.ones(4)])
@@ -87,9 +87,9 @@ class Counting:
         self.calls: list[tuple[str, int, bool]] = []
         original = CoreGroup.submit
 
-        def submit(group: CoreGroup, what: str, call: Call, source: Any, target: Any, work: Any) -> None:
+        def submit(group: CoreGroup, what: str, call: Call, source: Any, target: Any, work: Any, *rest: Any) -> None:
             self.calls.append((call.dtype.name.lower(), call.items, work.borrows_source))
-            original(group, what, call, source, target, work)
+            original(group, what, call, source, target, work, *rest)
 
         CoreGroup.submit = submit  # type: ignore[method-assign]
 
@@ -258,7 +258,7 @@ def test_order_and_repetition(front: str) -> None:
 async def cancelled(rt: Any, group: Any, ctl: Any, use_out: bool) -> None:
     """When CancelledError arrives the caller's arrays are the caller's, and the others get what was called."""
     me = group.rank()
-    xs = [np.full(3, me + 1.0), np.full(8 * BIG, me + 1, np.float32), np.full((2, BIG), me + 1, np.float32)]
+    xs = [np.full(3, me + 1.0), np.full(4, me + 1.0), np.full(8 * BIG, me + 1, np.float32), np.full((2, BIG), me + 1, np.float32)]
     if me:
         ctl.hear()
         found = await rt.all_sum(xs)
@@ -298,22 +298,45 @@ def test_cancelling(front: str, use_out: bool) -> None:
 
 
 async def timed_out(rt: Any, group: Any, ctl: Any) -> None:
-    xs = zeros(3, BIG, BIG)
-    if group.rank():
+    me, xs = group.rank(), zeros(3, BIG, BIG)
+    if me:
         ctl.hear()
-    await rt.all_sum(xs, timeout=0.2 if group.rank() == 0 else None)
+    try:
+        await rt.all_sum(xs, timeout=None if me else 0.2)
+    finally:
+        ctl.tell("ended")
 
 
 @fronts
 def test_timeout_names_the_rank_that_did_not_call(front: str) -> None:
     with Ranks(2, timed_out, front=front) as ranks:
-        while ranks.processes[0].poll() is None and ranks.outcomes[0].error is None:
-            ranks._listen(0.02)
+        assert ranks.hear(0) == "ended"
         ranks.tell(1, "go")
         first, second = ranks.wait()
-    assert first.error is not None and first.error.kind == "CollectiveTimeoutError", first
-    assert first.error.culprit == 1 and "it waits for rank 1, which did not call" in first.error.text, first.error.text
+    assert first.error is not None and (first.error.kind, first.error.culprit) == ("CollectiveTimeoutError", 1), first
+    assert "it waits for rank 1, which did not call" in first.error.text, first.error.text
     assert second.error is not None and second.error.kind == "CollectiveTimeoutError", second
+
+
+async def many(rt: Any, group: Any, ctl: Any) -> None:
+    """A thousand works at once, of a rank that is far ahead of the others."""
+    me, size = group.rank(), group.size()
+    if me == 0:
+        ctl.tell("started")
+    else:
+        ctl.hear()
+    found = await rt.all_sum([np.full(BIG if i % 5 else 3, i + me, np.float32) for i in range(1000)])
+    assert all((part == size * i + sum(range(size))).all() for i, part in enumerate(found))
+
+
+@fronts
+def test_a_thousand_arrays(front: str) -> None:
+    with Ranks(3, many, front=front) as ranks:
+        assert ranks.hear(0) == "started"
+        for rank in (1, 2):
+            ranks.tell(rank, "go")
+        for outcome in ranks.wait(60):
+            assert outcome.error is None and outcome.returncode == 0, outcome
 
 
 async def lost(rt: Any, group: Any, ctl: Any) -> None:

@@ -9,7 +9,6 @@ tests lend it this environment's packages; MLX's launcher takes any interpreter 
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -24,9 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from peers import BIN, ROOT, needs_peers
 
-ROOT = Path(__file__).parents[1]
-PEERS = ROOT / ".venv-peers" / "bin"
 DEMO = str(ROOT / "examples" / "train_digits.py")
 PATIENCE = 60.0
 _FOREIGN = ("RT_", "MLX_", "TORCHELASTIC_", "MASTER_", "OMPI_", "PMI_", "SLURM_")
@@ -52,21 +50,6 @@ def run(command: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-@functools.cache
-def peers_abi() -> str:
-    if not (PEERS / "python").exists():
-        return ""
-    code = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"
-    return subprocess.run([PEERS / "python", "-c", code], capture_output=True, text=True, timeout=PATIENCE).stdout.strip()
-
-
-def needs(program: str) -> pytest.MarkDecorator:
-    reason = f"no {program} in .venv-peers: make peers" if not (PEERS / program).exists() else ""
-    if not reason and peers_abi() != sysconfig.get_config_var("EXT_SUFFIX"):
-        reason = f".venv-peers has extensions {peers_abi()}, this Python {sysconfig.get_config_var('EXT_SUFFIX')}"
-    return pytest.mark.skipif(bool(reason), reason=reason or "-")
-
-
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -85,21 +68,21 @@ def assert_trained(done: subprocess.CompletedProcess[str], size: int) -> None:
 # --- other people's launchers --------------------------------------------------------------------------------------------------------
 
 
-@needs("torchrun")
+@needs_peers("torchrun")
 @pytest.mark.parametrize("rendezvous", ["--standalone", "--master-port"])
 def test_torchrun_starts_the_demo_unchanged(rendezvous: str) -> None:
     """With both ways of torchrun to meet; in the first, MASTER_PORT is served by torchrun's agent under its own name for this host."""
     where = [rendezvous] if rendezvous == "--standalone" else [rendezvous, str(free_port())]
     packages = os.pathsep.join([str(ROOT), sysconfig.get_path("platlib")])
-    done = run([str(PEERS / "torchrun"), *where, "--nproc-per-node", "2", DEMO], PYTHONPATH=packages)
+    done = run([str(BIN / "torchrun"), *where, "--nproc-per-node", "2", DEMO], PYTHONPATH=packages)
     assert_trained(done, 2)
 
 
-@needs("mlx.launch")
+@needs_peers("mlx.launch")
 @pytest.mark.parametrize("size", [2, 4])
 def test_mlx_launch_starts_the_demo_unchanged(size: int) -> None:
     options = ["--backend", "ring", "--starting-port", str(free_port()), "--python", sys.executable, "-n", str(size)]
-    done = run([str(PEERS / "mlx.launch"), *options, DEMO])
+    done = run([str(BIN / "mlx.launch"), *options, DEMO])
     assert "[WARN]" not in done.stderr, done.stderr  # its exit status says nothing about ranks
     assert_trained(done, size)
 
