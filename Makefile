@@ -2,18 +2,19 @@
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-VENV := .venv
-BIN := $(VENV)/bin
+BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py pyproject.toml $(wildcard rt/*.pyx rt/*.pxi rt/*.h)
 # venv and headers for the build; the test hosts are network namespaces.
 DEBIAN := python3-venv python3-dev iproute2
 N ?= 4
 
-.PHONY: demo test check peers results wheel packages clean
+.PHONY: demo demo-server test check docs peers results wheel packages clean
 
 demo: .stamp-build  ## train a small network on handwritten digits over 4 ranks
 	$(BIN)/rt.launch -n $(N) examples/train_digits.py --compare
+demo-server: .stamp-build  ## answer HTTP from a network that is spread over 4 ranks, until Ctrl-C
+	$(BIN)/rt.launch -n $(N) examples/server.py
 
 test: .stamp-build  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -23,6 +24,9 @@ check: .stamp-build  ## lint and types
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest rt._fastpath --allowlist .ci/stubtest-allow --ignore-unused-allowlist
 	$(BIN)/cython-lint --max-line-length 140 rt/*.pyx rt/*.pxi
+
+docs: .stamp-build  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict
 
 peers: .venv-peers/.stamp  ## torch (gloo), MLX and MPI, to measure against
 
@@ -42,7 +46,7 @@ wheel: .stamp-build  ## a wheel to copy to hosts without a compiler
 	touch $@
 
 .stamp-venv: pyproject.toml .ci/dev-requirements | packages
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -U pip
 	$(BIN)/python -m pip install -q $$($(BIN)/python .ci/dev-requirements)
 	touch $@
@@ -54,4 +58,4 @@ packages:  ## Debian packages: installed as root, else named
 	else echo "missing Debian packages; run: sudo apt-get install $$missing" >&2; fi
 
 clean:
-	rm -rf build dist .venv .venv-peers .stamp-* rt/*.so rt/_fastpath.c *.egg-info
+	rm -rf build dist site .venv .venv-peers .stamp-* rt/*.so rt/_fastpath.c *.egg-info

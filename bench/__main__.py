@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import idle, imports, local, loop_lag, measure, options, report
+from bench import fused, idle, imports, local, loop_lag, measure, options, report
 from bench.collectives import COLLECTIVES
 from bench.meeting import BenchError, peers_python
 
@@ -28,6 +28,7 @@ examples:
   rt.launch -n 4 rt.bench broadcast            the ranks of a job; also under torchrun and mpirun
   rt.bench loop_lag                            does the event loop stay responsive?
   rt.bench idle                                what does waiting cost?
+  rt.bench fused                               what does one call for many arrays save?
   rt.bench import                              what does `import rt` cost?
 
 Outside a job all ranks run on this host, over loopback. Load from elsewhere shows in every number: look at the load average in the header.
@@ -41,6 +42,10 @@ awaited in a tight loop; on uvloop and on asyncio's own loop. What a request han
 _IDLE = """\
 CPU of an open group while nothing moves, over 5 s each, worst rank, in both front ends: nothing posted; one rank ahead of the
 other in an all_reduce; waiting for a broadcast.
+"""
+
+_FUSED = """\
+200 arrays of 1 KiB: one all_sum after the other, one all_sum of the list, and average_gradients of it, in turns, in both front ends.
 """
 
 _IMPORT = """\
@@ -64,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     large = "size of the large all_reduce; each rank holds it twice (default: 1G)"
     lag.add_argument("--bytes", type=options.byte_count, default="1G", help=large)
     _add(commands, "idle", "CPU that waiting costs", _IDLE, ranks=True)
+    _add(commands, "fused", "many small arrays in one call", _FUSED, ranks=True)
     _add(commands, "import", "how long `import rt` takes", _IMPORT, ranks=False)
     return top
 
@@ -126,6 +132,9 @@ def run(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
     if arguments.command == "idle":
         rows = idle.run(arguments.n or 2)
         return idle.text(rows), rows, 0
+    if arguments.command == "fused":
+        rows = fused.run(arguments.n or 2)
+        return fused.text(rows), rows, 0
     rows = imports.run()
     return imports.text(rows), rows, 0
 

@@ -1,6 +1,7 @@
-"""One rank of an rt group that is watched rather than timed: for ``rt.bench loop_lag`` and ``rt.bench idle``.
+"""One rank of an rt group for the commands that have no peers: ``rt.bench loop_lag``, ``idle`` and ``fused``.
 
-May live here: what the ranks of those two commands do. May not: choosing what to watch and printing it (``loop_lag.py``, ``idle.py``).
+May live here: what the ranks of those commands do. May not: choosing what to watch and printing it (``loop_lag.py``, ``idle.py``,
+``fused.py``).
 Run as ``python -m bench.probe FRONT LOOP`` by ``conductor.py``; the protocol is ``worker.py``'s.
 """
 
@@ -12,7 +13,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -142,10 +143,56 @@ def _share(start: tuple[float, float]) -> Answer:
     return {"share": (cpu - start[0]) / (now - start[1]), "seconds": now - start[1]}
 
 
+def _arrays(command: Answer) -> list[Floats]:
+    return [np.ones(command["bytes"] // 4, dtype=np.float32) for _ in range(command["arrays"])]
+
+
+def _fused_sync(command: Answer) -> Answer:
+    """Time each way to reduce the same arrays, in turns, each from a barrier on."""
+    xs = _arrays(command)
+
+    def one_by_one() -> None:
+        for x in xs:
+            rt.sync.all_sum(x)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "one": one_by_one,
+        "fused": lambda: rt.sync.all_sum(xs),
+        "average": lambda: rt.sync.average_gradients(xs),
+    }
+    took: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(command["repeats"]):
+        for way, call in ways.items():
+            rt.sync.barrier()
+            start = time.perf_counter()
+            call()
+            took[way].append(time.perf_counter() - start)
+    return took
+
+
+async def _fused_async(command: Answer) -> Answer:
+    """As ``_fused_sync``."""
+    xs = _arrays(command)
+
+    async def one_by_one() -> None:
+        for x in xs:
+            await rt.all_sum(x)
+
+    ways: dict[str, Callable[[], Any]] = {"one": one_by_one, "fused": lambda: rt.all_sum(xs), "average": lambda: rt.average_gradients(xs)}
+    took: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(command["repeats"]):
+        for way, call in ways.items():
+            await rt.barrier()
+            start = time.perf_counter()
+            await call()
+            took[way].append(time.perf_counter() - start)
+    return took
+
+
 def _serve_sync(channel: Channel, rank: int) -> None:
     rt.sync.init()
     channel.say({"pid": os.getpid(), "uses": {}})
-    channel.serve({"idle": lambda command: _idle_sync(command, rank)})
+    channel.serve({"idle": lambda command: _idle_sync(command, rank), "fused": _fused_sync})
 
 
 def _serve_async(channel: Channel, rank: int, size: int, loop: str) -> None:
@@ -164,6 +211,7 @@ def _serve_async(channel: Channel, rank: int, size: int, loop: str) -> None:
             {
                 "lag": lambda command: run(_lag(command, rank, size)),
                 "idle": lambda command: run(_idle_async(command, rank)),
+                "fused": lambda command: run(_fused_async(command)),
             }
         )
 

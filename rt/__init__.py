@@ -36,8 +36,9 @@ from rt.errors import (
     RendezvousError,
     RTError,
 )
-from rt.gradients import BUCKET_BYTES, Plan
+from rt.gradients import BUCKET_BYTES, averaging
 from rt.group import CoreGroup
+from rt.runner import run
 
 if os.path.exists(os.path.join(os.path.dirname(__file__), "rest1.py")):  # a file of theirs; asking importlib.metadata costs 20 ms
     warnings.warn(
@@ -49,9 +50,10 @@ if os.path.exists(os.path.join(os.path.dirname(__file__), "rest1.py")):  # a fil
 
 __all__ = [
     "CollectiveTimeoutError", "ConfigError", "Group", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError",
-    "PeerLostError", "ProtocolError", "RTError", "RendezvousError", "Work", "abort", "all_gather", "all_max", "all_min", "all_reduce",
-    "all_sum", "average_gradients", "barrier", "broadcast", "close", "init", "is_available", "rank", "recv", "recv_like", "send", "size",
-    "sum_scatter",
+    "PeerLostError", "ProtocolError", "RTError", "RendezvousError", "Work", "abort", "all_gather", "all_gather_objects", "all_max",
+    "all_min", "all_reduce", "all_sum", "all_to_all", "average_gradients", "barrier", "broadcast", "broadcast_object", "close", "gather",
+    "gather_objects", "init", "is_available", "rank", "recv", "recv_like", "recv_object", "reduce", "run", "scatter", "send",
+    "send_object", "size", "sum_scatter",
 ]  # fmt: skip
 
 
@@ -112,10 +114,19 @@ all_min = _api.all_min
 all_gather = _api.all_gather
 sum_scatter = _api.sum_scatter
 broadcast = _api.broadcast
+reduce = _api.reduce
+gather = _api.gather
+scatter = _api.scatter
+all_to_all = _api.all_to_all
 barrier = _api.barrier
 send = _api.send
 recv = _api.recv
 recv_like = _api.recv_like
+send_object = _api.send_object
+recv_object = _api.recv_object
+broadcast_object = _api.broadcast_object
+gather_objects = _api.gather_objects
+all_gather_objects = _api.all_gather_objects
 
 
 async def init(
@@ -177,12 +188,5 @@ def average_gradients(
     gradients: Any, group: Any = None, all_reduce_size: int = BUCKET_BYTES, communication_type: Any = None, communication_stream: Any = None
 ) -> Awaitable[Any]:
     """Average a tree of arrays over all ranks; see ``rt.sync.average_gradients``. The call submits the collectives, not the await."""
-    check_common(None, communication_stream, None)
-    core = core_of(group) if group is not None else ready_core()
-    plan = None if core is not None and core.size == 1 else Plan(gradients, all_reduce_size, communication_type)
-    works = [] if plan is None else [_api._run(group, start, None, None, None, None, None) for start in plan.starts()]
-
-    async def collect() -> Any:
-        return gradients if plan is None else plan.finish([await work for work in works])
-
-    return collect()
+    start = averaging(all_reduce_size, communication_type)
+    return _api._run(group, start, gradients, None, None, communication_stream, None)

@@ -8,6 +8,7 @@ cdef class Work:
 
     Attributes:
         result: what the collective returns; valid once ``state`` is DONE.
+        hand_out: callable that makes of the result what the caller gets, called once; None: the result itself.
         error: callable that makes the exception of a failed work from the work.
         state: FLYING, DONE or FAILED.
         sequence: number of the work in its channel.
@@ -18,6 +19,7 @@ cdef class Work:
     cdef readonly object source
     cdef readonly object target
     cdef public object result
+    cdef public object hand_out
     cdef public object error
     cdef readonly int state
     cdef readonly uint32_t sequence
@@ -56,6 +58,10 @@ cdef class Work:
         if self.waiters is not None and waiter in self.waiters:
             self.waiters.remove(waiter)
 
+    def pending(self):
+        """The work in flight on which this one waits: itself, but for works that are made of works."""
+        return self
+
     def fail(self, error):
         """End a work that was never submitted."""
         self.error = error
@@ -76,7 +82,15 @@ cdef class Work:
 
     def outcome(self):
         """Return the result or raise the error; only once the work has ended."""
+        cdef object hand_out, plain, handed
         if self.state == STATE_DONE:
+            hand_out, plain = self.hand_out, self.result
+            if hand_out is not None and plain is not None:
+                handed = hand_out(plain)
+                # Another thread may have been here meanwhile. None comes between these two: the old values live on in this frame.
+                if self.hand_out is not None:
+                    self.result = handed
+                    self.hand_out = None
             return self.result
         if self.state == STATE_FAILED:
             raise self.error(self)
@@ -191,6 +205,7 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
     cdef double until, now, signals = rt_now() + 0.05
     cdef int status, slept
     cdef double rest
+    cdef Work blocking
     if not handle.add_waiter(sleeper):
         return True
     rt_wake_drain(sleeper.fds[0])
@@ -218,9 +233,10 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
                 PyErr_CheckSignals()
             elif slept == 0 and alone:
                 alone = False                   # said once
+                blocking = handle.pending()
                 engine.lock()
-                if handle.work != NULL:
-                    say_waiting(&engine.core, handle.work)
+                if blocking.work != NULL:
+                    say_waiting(&engine.core, blocking.work)
                 engine.unlock()
         return True
     finally:

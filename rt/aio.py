@@ -166,15 +166,21 @@ class Work(_fastpath.Work):
             return
         shared = self.borrows_source and self.borrows_target and np.may_share_memory(source, target)
         if self.borrows_source and not shared:
-            private = np.empty(source.nbytes, np.uint8)
-            old = source.reshape(-1).view(np.uint8)
-            for start in range(0, source.nbytes, _SLICE_BYTES):
-                if start:
-                    yield
-                private[start : start + _SLICE_BYTES] = old[start : start + _SLICE_BYTES]
+            private = yield from copied(source)
             _fastpath.move_memory(engine, self, source, private, False)
         if self.borrows_target:
             # The engine writes there, so it must stand still while the bytes are copied: no slices. In place, one of the two is a part
             # of the other and they move together.
             whole = source if shared and source.nbytes > target.nbytes else target
             _fastpath.move_memory(engine, self, whole, np.empty(whole.nbytes, np.uint8), True)
+
+
+def copied(array: np.ndarray[Any, Any]) -> Generator[None, None, np.ndarray[Any, Any]]:
+    """Return the bytes of an array in new memory; yields between slices."""
+    private = np.empty(array.nbytes, np.uint8)
+    old = array.reshape(-1).view(np.uint8)
+    for start in range(0, array.nbytes, _SLICE_BYTES):
+        if start:
+            yield
+        private[start : start + _SLICE_BYTES] = old[start : start + _SLICE_BYTES]
+    return private

@@ -18,16 +18,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rt.algorithms_move import Span, Way, local_step, others, pieces, recv_step, ring_spread, ring_ways, schedule, send_step, stripes
+from rt.algorithms_move import (
+    Span,
+    Way,
+    blocks,
+    local_step,
+    others,
+    pieces,
+    recv_step,
+    ring_spread,
+    ring_ways,
+    schedule,
+    send_step,
+    stripes,
+)
 from rt.schedule import INPUT, OUTPUT, TEMP, Kind, Schedule, Step, Temp
 
 
-def _meet(peer: int, lane: int, own: Span, dst: Span, *, left: bool, wide: bool = False) -> Step:
+def meet(peer: int, lane: int, own: Span, dst: Span, *, left: bool, wide: bool = False) -> Step:
     """Receive from ``peer`` and combine with ``own`` into ``dst``; ``left`` says that what arrives is the left operand."""
     return Step(Kind.RECV_REDUCE, peer, lane, own.buffer, own.start, -1, 0, dst.buffer, dst.start, own.length, left, wide)
 
 
-def _finish(total: Span, out: Span, mean: bool) -> Iterator[Step]:
+def finish(total: Span, out: Span, mean: bool) -> Iterator[Step]:
     """Bring a finished sum into ``out``: divide while it is still wide, then round once."""
     if mean:
         yield local_step(Kind.SCALE, total, total)
@@ -54,7 +67,7 @@ def _ring_reduce(rank: int, way: Way, own: Sequence[Span], kept: Sequence[Span],
             yield local_step(Kind.CONVERT, mine, partial)
             mine = partial
         if hop:
-            yield _meet(way.behind, way.lane, mine, partial, left=way.behind < rank, wide=wide)
+            yield meet(way.behind, way.lane, mine, partial, left=way.behind < rank, wide=wide)
         if hop < last:
             yield send_step(way.ahead, way.lane, partial if hop else mine)
 
@@ -83,7 +96,7 @@ def _ring_all_reduce(rank: int, size: int, count: int, lanes: int, itemsize: int
             kept = [chunk.on(OUTPUT) for chunk in met]
         mine = chunks[rank].on(OUTPUT)
         steps += _ring_reduce(rank, way, met, kept, wide)
-        steps += _finish(kept[-1], mine, mean)
+        steps += finish(kept[-1], mine, mean)
         steps += ring_spread(rank, way, mine, [chunk.on(OUTPUT) for chunk in chunks])
     return schedule("ring_wide" if wide else "ring", steps, temps)
 
@@ -106,34 +119,37 @@ def ring_all_reduce_wide(rank: int, size: int, count: int, lanes: int, itemsize:
     return _ring_all_reduce(rank, size, count, lanes, itemsize, mean, True)
 
 
-def _ring_reduce_scatter(rank: int, size: int, count: int, lanes: int, itemsize: int, mean: bool, wide: bool) -> Schedule:
-    parts = pieces(count, itemsize, 2 * lanes)
+def _ring_reduce_scatter(rank: int, counts: Sequence[int], lanes: int, itemsize: int, mean: bool, wide: bool) -> Schedule:
+    most, size = max(counts), len(counts)
+    parts = pieces(most, itemsize, 2 * lanes)
+    split = [block.split(parts) for block in blocks(INPUT, counts)]
+    outs = Span(OUTPUT, 0, counts[rank]).split(parts)
     steps: list[Step] = []
     temps: list[Temp] = []
-    for i, (way, part) in enumerate(zip(ring_ways(rank, size, parts), Span(INPUT, 0, count).split(parts), strict=True)):
-        met = _met(rank, way, [part.on(INPUT, j * count) for j in range(size)])
-        out = part.on(OUTPUT)
+    for i, (way, part) in enumerate(zip(ring_ways(rank, size, parts), Span(INPUT, 0, most).split(parts), strict=True)):
+        met = _met(rank, way, [block[i] for block in split])
+        out = outs[i]
         kept = _two_slots(i, met)  # never OUTPUT: in place that is this rank's own contribution, which is needed last
         if not wide:
             kept[-1] = out
         temps += [Temp(part.length, wide)] * 2
         steps += _ring_reduce(rank, way, met, kept, wide)
-        steps += _finish(kept[-1], out, mean)
+        steps += finish(kept[-1], out, mean)
     return schedule("ring_wide" if wide else "ring", steps, temps)
 
 
-def ring_reduce_scatter(rank: int, size: int, count: int, lanes: int, itemsize: int, *, mean: bool = False) -> Schedule:
-    """Reduce INPUT (``size * count`` items) and leave block ``rank`` of the result in OUTPUT (``count`` items), round the ring.
+def ring_reduce_scatter(rank: int, counts: Sequence[int], lanes: int, itemsize: int, *, mean: bool = False) -> Schedule:
+    """Reduce INPUT (blocks of ``counts`` items) and leave block ``rank`` of the result in OUTPUT, round the ring.
 
-    ``size - 1`` hops; every rank sends ``(size - 1) * count`` items, the least possible. INPUT is not written; scratch: two blocks.
-    Source: the first half of Patarasuk and Yuan, JPDC 2009.
+    ``size - 1`` hops; every rank sends all blocks but its own, the least possible. INPUT is not written; scratch: two of the largest
+    block. Source: the first half of Patarasuk and Yuan, JPDC 2009.
     """
-    return _ring_reduce_scatter(rank, size, count, lanes, itemsize, mean, False)
+    return _ring_reduce_scatter(rank, counts, lanes, itemsize, mean, False)
 
 
-def ring_reduce_scatter_wide(rank: int, size: int, count: int, lanes: int, itemsize: int, *, mean: bool = False) -> Schedule:
+def ring_reduce_scatter_wide(rank: int, counts: Sequence[int], lanes: int, itemsize: int, *, mean: bool = False) -> Schedule:
     """Do :func:`ring_reduce_scatter` for half types: partial sums travel as float32, so twice its bytes; scratch: two float32 blocks."""
-    return _ring_reduce_scatter(rank, size, count, lanes, itemsize, mean, True)
+    return _ring_reduce_scatter(rank, counts, lanes, itemsize, mean, True)
 
 
 # --- all pairs talk -------------------------------------------------------------------------------------------------------------------
@@ -152,15 +168,15 @@ def _fold(rank: int, size: int, lane: int, own: Span, at: int, wide: bool) -> li
         steps.append(local_step(Kind.CONVERT, own, mine))
         own = mine
     if rank < 2:
-        steps.append(_meet(1 - rank, lane, own, total, left=rank == 1))
+        steps.append(meet(1 - rank, lane, own, total, left=rank == 1))
     else:
         landing = total.on(TEMP + 2) if wide else total
         steps.append(recv_step(0, lane, landing))
         if wide:
             steps.append(local_step(Kind.CONVERT, landing, total))
-        steps += [_meet(peer, lane, total, total, left=False) for peer in range(1, rank)]
+        steps += [meet(peer, lane, total, total, left=False) for peer in range(1, rank)]
         steps.append(Step(Kind.REDUCE, -1, 0, *total[:2], *own[:2], *total))
-    steps += [_meet(peer, lane, total, total, left=False) for peer in range(max(rank, 1) + 1, size)]
+    steps += [meet(peer, lane, total, total, left=False) for peer in range(max(rank, 1) + 1, size)]
     return steps
 
 
@@ -168,20 +184,20 @@ def _fold_into(rank: int, size: int, lane: int, own: Span, at: int, out: Span, *
     """Do :func:`_fold` and bring the result into ``out``, which may be the memory of ``own``."""
     steps = _fold(rank, size, lane, own, at, wide)
     if wide:
-        return steps + list(_finish(Span(TEMP, at, own.length), out, mean))
+        return steps + list(finish(Span(TEMP, at, own.length), out, mean))
     steps[-1] = steps[-1]._replace(dst=out.buffer, dst_off=out.start)  # own is used up by now, so the last step may overwrite it
-    return steps + list(_finish(out, out, mean))
+    return steps + list(finish(out, out, mean))
 
 
-def _fold_temps(rank: int, count: int, wide: bool) -> list[Temp]:
+def fold_temps(rank: int, count: int, wide: bool) -> list[Temp]:
     """List the TEMPs that :func:`_fold` uses for spans of ``count`` items in all."""
     return [Temp(count, wide)] + ([Temp(count, True), Temp(count, False)] if wide and rank > 1 else [])
 
 
-def _to_owners(rank: int, size: int, blocks: Sequence[Span], out: Span, lanes: int, itemsize: int, *, mean: bool, wide: bool) -> list[Step]:
-    """Send ``blocks[j]`` to rank j, and reduce what all ranks have of ``blocks[rank]`` into ``out``."""
-    steps = [send_step(peer, lane, part) for peer in others(rank, size) for lane, part in stripes(blocks[peer], lanes, itemsize)]
-    mine = blocks[rank]
+def to_owners(rank: int, size: int, chunks: Sequence[Span], out: Span, lanes: int, itemsize: int, *, mean: bool, wide: bool) -> list[Step]:
+    """Send ``chunks[j]`` to rank j, and reduce what all ranks have of ``chunks[rank]`` into ``out``."""
+    steps = [send_step(peer, lane, part) for peer in others(rank, size) for lane, part in stripes(chunks[peer], lanes, itemsize)]
+    mine = chunks[rank]
     for lane, part in stripes(mine, lanes, itemsize):
         at = part.start - mine.start
         steps += _fold_into(rank, size, lane, part, at, part.on(out.buffer, out.start - mine.start), mean=mean, wide=wide)
@@ -196,8 +212,8 @@ def direct_all_reduce(rank: int, size: int, count: int, *, mean: bool = False, w
     libraries without its root.
     """
     whole = Span(INPUT, 0, count)
-    steps = _to_owners(rank, size, [whole] * size, whole.on(OUTPUT), 1, 1, mean=mean, wide=wide)
-    return schedule("direct", steps, _fold_temps(rank, count, wide))
+    steps = to_owners(rank, size, [whole] * size, whole.on(OUTPUT), 1, 1, mean=mean, wide=wide)
+    return schedule("direct", steps, fold_temps(rank, count, wide))
 
 
 def owner_all_reduce(rank: int, size: int, count: int, lanes: int, itemsize: int, *, mean: bool = False, wide: bool = False) -> Schedule:
@@ -211,25 +227,25 @@ def owner_all_reduce(rank: int, size: int, count: int, lanes: int, itemsize: int
     """
     chunks = Span(INPUT, 0, count).split(size)
     mine = chunks[rank].on(OUTPUT)
-    steps = _to_owners(rank, size, chunks, mine, lanes, itemsize, mean=mean, wide=wide)
+    steps = to_owners(rank, size, chunks, mine, lanes, itemsize, mean=mean, wide=wide)
     steps += [send_step(peer, lane, part) for peer in others(rank, size) for lane, part in stripes(mine, lanes, itemsize)]
     for peer in others(rank, size, -1):
         steps += [recv_step(peer, lane, part) for lane, part in stripes(chunks[peer].on(OUTPUT), lanes, itemsize)]
-    return schedule("owner", steps, _fold_temps(rank, mine.length, wide))
+    return schedule("owner", steps, fold_temps(rank, mine.length, wide))
 
 
 def direct_reduce_scatter(
-    rank: int, size: int, count: int, lanes: int, itemsize: int, *, mean: bool = False, wide: bool = False
+    rank: int, counts: Sequence[int], lanes: int, itemsize: int, *, mean: bool = False, wide: bool = False
 ) -> Schedule:
-    """Reduce INPUT (``size * count`` items) and leave block ``rank`` in OUTPUT (``count`` items): block j goes straight to rank j.
+    """Reduce INPUT (blocks of ``counts`` items) and leave block ``rank`` in OUTPUT: block j goes straight to rank j.
 
-    One round of ``size - 1`` messages, striped over the lanes where big; every rank sends ``(size - 1) * count`` items, in the dtype of
-    x also if ``wide``. Reduced in rank order. INPUT is not written; scratch: one block, if ``wide`` up to three. Source: the "pairwise
-    exchange" reduce-scatter of Thakur, Rabenseifner and Gropp, IJHPCA 2005, in one round.
+    One round of ``size - 1`` messages, striped over the lanes where big; every rank sends all blocks but its own, in the dtype of x also
+    if ``wide``. Reduced in rank order. INPUT is not written; scratch: one block, if ``wide`` up to three. Source: the "pairwise exchange"
+    reduce-scatter of Thakur, Rabenseifner and Gropp, IJHPCA 2005, in one round.
     """
-    blocks = [Span(INPUT, j * count, count) for j in range(size)]
-    steps = _to_owners(rank, size, blocks, Span(OUTPUT, 0, count), lanes, itemsize, mean=mean, wide=wide)
-    return schedule("direct", steps, _fold_temps(rank, count, wide))
+    own = Span(OUTPUT, 0, counts[rank])
+    steps = to_owners(rank, len(counts), blocks(INPUT, counts), own, lanes, itemsize, mean=mean, wide=wide)
+    return schedule("direct", steps, fold_temps(rank, own.length, wide))
 
 
 def _double(rank: int, place: int, surplus: int, core: int, current: Span, out: Span) -> Iterator[Step]:
@@ -239,7 +255,7 @@ def _double(rank: int, place: int, surplus: int, core: int, current: Span, out: 
         other = place ^ leap
         peer = 2 * other + 1 if other < surplus else other + surplus
         yield send_step(peer, 0, current)
-        yield _meet(peer, 0, current, out, left=peer < rank)
+        yield meet(peer, 0, current, out, left=peer < rank)
         current = out
         leap *= 2
 
@@ -259,9 +275,9 @@ def doubling_all_reduce(rank: int, size: int, count: int, *, mean: bool = False)
     paired = rank < 2 * surplus
     if paired and rank % 2 == 0:
         return schedule("doubling", [send_step(rank + 1, 0, own), recv_step(rank + 1, 0, out)])
-    steps = [_meet(rank - 1, 0, own, out, left=True)] if paired else []
+    steps = [meet(rank - 1, 0, own, out, left=True)] if paired else []
     steps += _double(rank, rank // 2 if paired else rank - surplus, surplus, core, out if paired else own, out)
-    steps += _finish(out, out, mean)
+    steps += finish(out, out, mean)
     if paired:
         steps.append(send_step(rank - 1, 0, out))
     return schedule("doubling", steps)

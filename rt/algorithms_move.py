@@ -5,12 +5,14 @@ of (a span of items, a way round the ring). May not: reductions (``algorithms``)
 clocks, arrays.
 
 Every function takes ``rank`` and ``size`` of the group (``size`` >= 2), ``count`` in items, ``lanes`` (streams to each peer, >= 1) and
-``itemsize`` in bytes, and returns the program of that rank. None checks its arguments: they come from ``choose``.
+``itemsize`` in bytes, and returns the program of that rank. Where every rank has a block, ``counts`` are the items of each, alike or not,
+instead of ``size`` and ``count``. None checks its arguments: they come from ``choose``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from rt.schedule import INPUT, OUTPUT, TEMP, Kind, Schedule, Step, Temp
@@ -35,6 +37,11 @@ class Span(NamedTuple):
     def on(self, buffer: int, shift: int = 0) -> Span:
         """Return the same items of another buffer, ``shift`` items further on."""
         return Span(buffer, self.start + shift, self.length)
+
+
+def blocks(buffer: int, counts: Sequence[int]) -> list[Span]:
+    """Lay blocks of ``counts`` items one behind the other."""
+    return [Span(buffer, start, count) for start, count in zip(accumulate(counts, initial=0), counts, strict=False)]
 
 
 class Way(NamedTuple):
@@ -107,30 +114,31 @@ def ring_spread(rank: int, way: Way, first: Span, chunks: Sequence[Span]) -> Ite
             yield send_step(way.ahead, way.lane, chunk)
 
 
-def ring_all_gather(rank: int, size: int, count: int, lanes: int, itemsize: int) -> Schedule:
-    """Gather blocks of ``count`` items into OUTPUT (``size * count`` items) round the ring, in both directions and over all lanes.
+def ring_all_gather(rank: int, counts: Sequence[int], lanes: int, itemsize: int) -> Schedule:
+    """Gather blocks of ``counts`` items into OUTPUT round the ring, in both directions and over all lanes.
 
-    ``size - 1`` hops; every rank sends ``(size - 1) * count`` items, the least possible. Source: the all-gather half of Patarasuk and
-    Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 2009.
+    ``size - 1`` hops; every rank sends all blocks but one, the least possible. Source: the all-gather half of Patarasuk and Yuan,
+    "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 2009.
     """
-    block = Span(INPUT, 0, count)
-    parts = pieces(count, itemsize, 2 * lanes)
+    block, places = Span(INPUT, 0, counts[rank]), blocks(OUTPUT, counts)
+    parts = pieces(max(counts), itemsize, 2 * lanes)
+    split = [place.split(parts) for place in places]
     steps: list[Step] = []
-    for way, part in zip(ring_ways(rank, size, parts), block.split(parts), strict=True):
-        steps += ring_spread(rank, way, part, [part.on(OUTPUT, j * count) for j in range(size)])
-    steps.append(local_step(Kind.COPY, block, block.on(OUTPUT, rank * count)))
+    for i, (way, part) in enumerate(zip(ring_ways(rank, len(counts), parts), block.split(parts), strict=True)):
+        steps += ring_spread(rank, way, part, [place[i] for place in split])
+    steps.append(local_step(Kind.COPY, block, places[rank]))
     return schedule("ring", steps)
 
 
-def direct_all_gather(rank: int, size: int, count: int) -> Schedule:
-    """Gather blocks of ``count`` items into OUTPUT (``size * count`` items): everyone sends its block to everyone.
+def direct_all_gather(rank: int, counts: Sequence[int]) -> Schedule:
+    """Gather blocks of ``counts`` items into OUTPUT: everyone sends its block to everyone.
 
-    One round of ``size - 1`` messages; every rank sends ``(size - 1) * count`` items. The "linear" all-gather of MPI libraries.
+    One round of ``size - 1`` messages; every rank sends its block as often. The "linear" all-gather of MPI libraries.
     """
-    block = Span(INPUT, 0, count)
+    block, places, size = Span(INPUT, 0, counts[rank]), blocks(OUTPUT, counts), len(counts)
     steps = [send_step(peer, 0, block) for peer in others(rank, size)]
-    steps.append(local_step(Kind.COPY, block, block.on(OUTPUT, rank * count)))
-    steps += [recv_step(peer, 0, block.on(OUTPUT, peer * count)) for peer in others(rank, size, -1)]
+    steps.append(local_step(Kind.COPY, block, places[rank]))
+    steps += [recv_step(peer, 0, places[peer]) for peer in others(rank, size, -1)]
     return schedule("direct", steps)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from rt import collectives
+from rt import collectives, collectives_blocks, objects
 from rt.aio import Work
 from rt.errors import ConfigError
 from rt.group import CoreGroup
@@ -29,10 +29,16 @@ class Api(Generic[R]):
     Args:
         group: a ``Group`` of either front end; None: the world, formed now if it was not (as ``init()`` does).
         stream: for accelerators; must be None on this backend.
-        out: C-contiguous NumPy array that receives the result; may be x itself or, for all_gather and sum_scatter, in place by NCCL's
-            rules (x is this rank's block of out, or out is this rank's block of x). Any other overlap with x is a ValueError.
+        out: C-contiguous array that receives the result and is returned: of NumPy, a torch tensor, or a writable buffer (``bytearray``,
+            ``array.array``, ``memoryview``, ...). It may be x itself or, for the gathers and scatters, in place by NCCL's rules (x is
+            this rank's block of out, or out is this rank's block of x). Any other overlap with x is a ValueError.
         timeout: seconds until the call fails with ``CollectiveTimeoutError`` and breaks the group; None: the group's, default for ever.
         key: kept for order-free matching; must be None.
+
+    Arrays may be NumPy's, torch's, MLX's or JAX's, on the CPU, or of whatever speaks DLPack or the buffer protocol. They are read where
+    they lie (what is not contiguous is copied once), and the result is of x's kind; what has no kind of its own to give back gives
+    NumPy's. Python's numbers are arrays of shape ``()``. Refused with a TypeError that says what to do: memory of other devices, masked
+    arrays, subclasses, torch tensors that require grad (unless under ``torch.no_grad()``), arrays that JAX is tracing.
 
     Every call may raise ``GroupBrokenError`` (one of its kinds), ``GroupClosedError``, and TypeError or ValueError for bad arguments.
     Calls are matched between ranks in the order in which each rank makes them: call order is wire order.
@@ -48,7 +54,9 @@ class Api(Generic[R]):
         """Combine x of all ranks elementwise; every rank gets the result, bit-identical, of x's shape and dtype.
 
         Args:
-            x: array or Python number, of the same shape and dtype on all ranks.
+            x: array or Python number, of the same shape and dtype on all ranks. Or a list or tuple of arrays: one call, in few
+                collectives, whose result (and ``out=``) is the list of theirs. Arrays under 64 KiB of one dtype travel together; the
+                results of those lie in one block of memory. All ranks pass lists of the same shapes and dtypes, else MismatchError.
             op: ``sum prod min max`` on every dtype; ``mean`` on floating and complex dtypes; ``and or xor`` on bool and integers. Integers
                 wrap; on bool, sum is or, prod is and; half types accumulate in float32 and round once; min and max propagate NaN and
                 order complex numbers lexicographically.
@@ -100,6 +108,48 @@ class Api(Generic[R]):
         """Return the root's x on every rank. The others pass an array of the same shape and dtype; only its form counts."""
         return self._run(group, lambda core, x, out: collectives.broadcast(core, x, root, out), x, out, timeout, stream, key)
 
+    def reduce(
+        self, x: Any, op: str = "sum", root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None,
+        timeout: float | None = None, key: Any = None,
+    ) -> R:  # fmt: skip
+        """Combine x of all ranks as ``all_reduce`` does, for the root only. The others get None, and their ``out`` is left alone."""
+        return self._run(group, lambda core, x, out: collectives_blocks.reduce(core, x, op, root, out), x, out, timeout, stream, key)
+
+    def gather(
+        self, x: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None,
+        key: Any = None,
+    ) -> R:  # fmt: skip
+        """Concatenate x of all ranks as ``all_gather`` does, for the root only. The others get None, and their ``out`` is left alone.
+
+        In place on the root: x is its block of ``out``.
+        """
+        return self._run(group, lambda core, x, out: collectives_blocks.gather(core, x, root, out), x, out, timeout, stream, key)
+
+    def scatter(
+        self, x: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None,
+        key: Any = None,
+    ) -> R:  # fmt: skip
+        """Cut the root's x, ``(d0, ...)``, along axis 0: rank r gets block r, ``(d0 / size, ...)``.
+
+        The others pass an array of the same shape and dtype, of which only the form counts, or ``x=None`` and ``out``. In place on the
+        root: ``out`` is its block of x.
+
+        Raises:
+            ValueError: x has no axis 0, or its length is not a multiple of the group's size.
+            TypeError: neither x nor ``out`` says what is received.
+        """
+        return self._run(group, lambda core, x, out: collectives_blocks.scatter(core, x, root, out), x, out, timeout, stream, key)
+
+    def all_to_all(
+        self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """Exchange blocks along axis 0: block j of x goes to rank j, and block i of the result, of x's shape, comes from rank i.
+
+        Raises:
+            ValueError: x has no axis 0, or its length is not a multiple of the group's size.
+        """
+        return self._run(group, lambda core, x, out: collectives_blocks.all_to_all(core, x, out), x, out, timeout, stream, key)
+
     def barrier(self, *, group: Any = None, stream: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """Return None once every rank has called."""
         return self._run(group, lambda core, _x, _out: collectives.barrier(core), None, None, timeout, stream, key)
@@ -117,19 +167,60 @@ class Api(Generic[R]):
         self, shape: Any, dtype: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None,
         key: Any = None, tag: int = 0,
     ) -> R:  # fmt: skip
-        """Receive an array of ``shape`` and ``dtype`` from rank ``src``; a sender with another shape or dtype is a MismatchError."""
+        """Receive a NumPy array of ``shape`` and ``dtype`` from rank ``src``; a sender with another shape or dtype is a MismatchError.
+
+        ``dtype`` may also be torch's, MLX's or JAX's. Who wants their arrays passes ``out=`` or calls ``recv_like``.
+        """
         return self._run(group, lambda core, _, out: collectives.recv(core, shape, dtype, src, out, tag), None, out, timeout, stream, key)
 
     def recv_like(
         self, x: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None,
         timeout: float | None = None, key: Any = None, tag: int = 0,
     ) -> R:  # fmt: skip
-        """Receive an array of x's shape and dtype from rank ``src``."""
-        shape, dtype = collectives.like(x)
+        """Receive an array of x's shape, dtype and kind from rank ``src``."""
+        shape, dtype, wrap = collectives.like(x)
+
         def start(core: CoreGroup, _: Any, out: Any) -> Work:
-            return collectives.recv(core, shape, dtype, src, out, tag, "recv_like")
+            return collectives.recv(core, shape, dtype, src, out, tag, "recv_like", wrap)
 
         return self._run(group, start, None, out, timeout, stream, key)
+
+    # Objects. Receiving one unpickles it, and a pickle makes its receiver run what its sender chose: every call here trusts all ranks of
+    # the group. Where nothing proves who they are (RT_INSECURE=1) the calls are refused, unless RT_INSECURE_OBJECTS=1.
+
+    def send_object(self, obj: Any, dst: int, *, group: Any = None, timeout: float | None = None, tag: int = 0) -> R:
+        """Send a Python object of any size to rank ``dst``; returns it when its memory is free.
+
+        It is pickled here (protocol 5): an object that cannot be raises here what pickle raises, and nothing is sent. Buffers of 64 KiB
+        and more that it gives out of band, as NumPy arrays do, are sent from where they lie: leave them alone until this returns.
+
+        Meets ``recv_object`` there, in the order of ``send`` and ``recv`` under the same tag. **The receiver runs code that the sender
+        chooses**: pickles are for ranks that trust each other. Without a secret (RT_INSECURE=1) it is a ConfigError, unless
+        RT_INSECURE_OBJECTS=1 is set on all ranks.
+        """
+        return self._run(group, lambda core, x, _: objects.send_object(core, x, dst, tag), obj, None, timeout, None, None)
+
+    def recv_object(self, src: int, *, group: Any = None, timeout: float | None = None, tag: int = 0) -> R:
+        """Receive the object that rank ``src`` sends by ``send_object``. **This runs code that the sender chooses**; see there.
+
+        Large arrays in it keep the memory into which they were received. What unpickling raises, this raises, and the group goes on.
+        """
+        return self._run(group, lambda core, _x, _: objects.recv_object(core, src, tag), None, None, timeout, None, None)
+
+    def broadcast_object(self, obj: Any, root: int = 0, *, group: Any = None, timeout: float | None = None) -> R:
+        """Return the root's object on every rank; what the others pass does not matter. See ``send_object``, also about trust.
+
+        Waiting for it may last for ever and costs nothing. Pickles of less than 4 KiB take one collective, others two rounds.
+        """
+        return self._run(group, lambda core, x, _: objects.broadcast_object(core, x, root), obj, None, timeout, None, None)
+
+    def gather_objects(self, obj: Any, root: int = 0, *, group: Any = None, timeout: float | None = None) -> R:
+        """Return the list of the ranks' objects, in rank order, on the root, and None elsewhere. See ``send_object``, also about trust."""
+        return self._run(group, lambda core, x, _: objects.gather_objects(core, x, root), obj, None, timeout, None, None)
+
+    def all_gather_objects(self, obj: Any, *, group: Any = None, timeout: float | None = None) -> R:
+        """Return the list of the ranks' objects, in rank order; this rank's own is ``obj``. See ``send_object``, also about trust."""
+        return self._run(group, lambda core, x, _: objects.all_gather_objects(core, x), obj, None, timeout, None, None)
 
 
 class Group(Generic[R]):
@@ -196,6 +287,24 @@ class Group(Generic[R]):
         """As ``rt.broadcast`` on this group."""
         return self._api.broadcast(x, root, group=self, stream=stream, out=out, timeout=timeout, key=key)
 
+    def reduce(
+        self, x: Any, op: str = "sum", root: int = 0, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
+    ) -> R:
+        """As ``rt.reduce`` on this group."""
+        return self._api.reduce(x, op, root, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def gather(self, x: Any, root: int = 0, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """As ``rt.gather`` on this group."""
+        return self._api.gather(x, root, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def scatter(self, x: Any, root: int = 0, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """As ``rt.scatter`` on this group."""
+        return self._api.scatter(x, root, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
+    def all_to_all(self, x: Any, *, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None) -> R:
+        """As ``rt.all_to_all`` on this group."""
+        return self._api.all_to_all(x, group=self, stream=stream, out=out, timeout=timeout, key=key)
+
     def barrier(self, *, stream: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """As ``rt.barrier`` on this group."""
         return self._api.barrier(group=self, stream=stream, timeout=timeout, key=key)
@@ -216,6 +325,26 @@ class Group(Generic[R]):
     ) -> R:
         """As ``rt.recv_like`` on this group."""
         return self._api.recv_like(x, src, group=self, stream=stream, out=out, timeout=timeout, key=key, tag=tag)
+
+    def send_object(self, obj: Any, dst: int, *, timeout: float | None = None, tag: int = 0) -> R:
+        """As ``rt.send_object`` on this group."""
+        return self._api.send_object(obj, dst, group=self, timeout=timeout, tag=tag)
+
+    def recv_object(self, src: int, *, timeout: float | None = None, tag: int = 0) -> R:
+        """As ``rt.recv_object`` on this group."""
+        return self._api.recv_object(src, group=self, timeout=timeout, tag=tag)
+
+    def broadcast_object(self, obj: Any, root: int = 0, *, timeout: float | None = None) -> R:
+        """As ``rt.broadcast_object`` on this group."""
+        return self._api.broadcast_object(obj, root, group=self, timeout=timeout)
+
+    def gather_objects(self, obj: Any, root: int = 0, *, timeout: float | None = None) -> R:
+        """As ``rt.gather_objects`` on this group."""
+        return self._api.gather_objects(obj, root, group=self, timeout=timeout)
+
+    def all_gather_objects(self, obj: Any, *, timeout: float | None = None) -> R:
+        """As ``rt.all_gather_objects`` on this group."""
+        return self._api.all_gather_objects(obj, group=self, timeout=timeout)
 
 
 def core_of(group: Any) -> CoreGroup:

@@ -11,23 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from rt import arrays, fused
 from rt.aio import Work
-from rt.dtypes import OPS, DType, Op, code_of, numpy_dtype, op_supported
+from rt.dtypes import OPS, DType, Op, check_op, code_of, numpy_dtype
 from rt.group import Call, CoreGroup, hash64
 from rt.schedule import Collective
 
-_SCALARS = (bool, int, float, complex, np.generic)
-
 
 def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_reduce") -> Work:
-    """Start an all-reduce; the result has x's shape."""
-    work = Work(group)
+    """Start an all-reduce; the result has x's shape. Of a list of arrays, the result is the list of theirs."""
     code = _operator(op)
+    if isinstance(x, (list, tuple)):
+        return fused.all_reduce(group, x, code, out, what)
+    work = Work(group)
     array = _array(x, what, work)
     dtype = code_of(array.dtype)
-    if not op_supported(dtype, code):
-        needed = "floating or complex dtypes" if code is Op.MEAN else "bool or integer dtypes"
-        raise TypeError(f"{what}: op {op!r} is for {needed}, not {array.dtype}")
+    check_op(dtype, code, what)
     if group.size == 1:
         return _alone(work, x, array, out, what)
     target = _target(out, array.shape, array, what, work)
@@ -44,8 +43,7 @@ def all_gather(group: CoreGroup, x: Any, out: Any) -> Work:
     dtype = code_of(array.dtype)
     if group.size == 1:
         return _alone(work, x, array, out, "all_gather")
-    shape = (group.size * array.shape[0], *array.shape[1:]) if array.ndim else (group.size,)
-    target = _target(out, shape, array, "all_gather", work)
+    target = _target(out, _gathered_shape(array.shape, group), array, "all_gather", work)
     alias = _aliasing(x, array, target, "all_gather", {(group.rank * array.size, 0)})
     work.result = target
     call = Call(Collective.ALL_GATHER, dtype, Op.SUM, array.shape, array.size, alias=alias)
@@ -59,16 +57,10 @@ def sum_scatter(group: CoreGroup, x: Any, op: str, out: Any) -> Work:
     code = _operator(op)
     array = _array(x, "sum_scatter", work)
     dtype = code_of(array.dtype)
-    if not op_supported(dtype, code):
-        raise TypeError(f"sum_scatter: op {op!r} is not defined on {array.dtype}")
+    check_op(dtype, code, "sum_scatter")
     if group.size == 1:
         return _alone(work, x, array, out, "sum_scatter")
-    if array.ndim == 0 or array.shape[0] % group.size:
-        raise ValueError(
-            f"[sum_scatter] Invalid shape={array.shape} for a group of size {group.size}. The first dimension (axis 0) must be divisible "
-            "by the group size and input must have at least one."
-        )
-    shape = (array.shape[0] // group.size, *array.shape[1:])
+    shape = _block_shape(array.shape, group, "sum_scatter")
     target = _target(out, shape, array, "sum_scatter", work)
     alias = _aliasing(x, array, target, "sum_scatter", {(0, group.rank * target.size)})
     work.result = target
@@ -109,17 +101,20 @@ def send(group: CoreGroup, x: Any, dst: int, tag: int) -> Work:
     array = _array(x, "send", work)
     dtype = code_of(array.dtype)
     peer = _peer(dst, group, "send to", "destination")
-    work.result = x if isinstance(x, np.ndarray) else array
+    work.result = _itself(work, x, array)
     call = Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=peer, tag=_tag(tag))
     group.submit("send", call, array, None, work)
     return work
 
 
-def recv(group: CoreGroup, shape: Any, dtype: Any, src: int, out: Any, tag: int, what: str = "recv") -> Work:
-    """Start a receive of an array of the given shape and dtype."""
+def recv(
+    group: CoreGroup, shape: Any, dtype: Any, src: int, out: Any, tag: int, what: str = "recv", wrap: arrays.Wrap | None = None
+) -> Work:
+    """Start a receive of an array of the given shape and dtype; ``wrap`` makes of it what the caller gets."""
     work = Work(group)
+    work.hand_out = wrap
     peer = _peer(src, group, "recv from", "source")
-    code = code_of(dtype)
+    code = code_of(arrays.dtype_of(dtype))
     sides = _shape(shape)
     target = _target(out, sides, None, what, work, numpy_dtype(code))
     work.result = target
@@ -127,10 +122,9 @@ def recv(group: CoreGroup, shape: Any, dtype: Any, src: int, out: Any, tag: int,
     return work
 
 
-def like(x: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of what ``recv_like`` is given."""
-    array = _array(x, "recv_like", None)
-    return array.shape, array.dtype
+def like(x: Any) -> tuple[tuple[int, ...], np.dtype[Any], arrays.Wrap | None]:
+    """Shape, dtype and kind of what ``recv_like`` is given."""
+    return arrays.form(x, "recv_like")
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------------------------
@@ -142,62 +136,24 @@ def _operator(op: str) -> Op:
         raise ValueError(f"op must be one of {', '.join(OPS)}, not {op!r}") from None
 
 
-def _array(x: Any, what: str, work: Work | None) -> np.ndarray[Any, Any]:
-    """Return x as a C-contiguous, aligned array: x itself where it is one, else a copy."""
-    if isinstance(x, np.ndarray):
-        array = x
-    elif isinstance(x, _SCALARS):
-        array = np.asarray(x)
-    elif isinstance(x, (list, tuple)):
-        raise TypeError(f"{what}: expected an array or a number, got a {type(x).__name__}; use numpy.array(...) first")
-    else:
-        try:
-            array = np.asarray(memoryview(x)) if not hasattr(x, "__array__") else np.asarray(x)
-        except TypeError:
-            raise TypeError(f"{what}: expected an array or a number, got {type(x).__name__}") from None
-    flags = array.flags
-    if flags.c_contiguous and flags.aligned:
-        if work is not None:
-            work.borrows_source = True
-        return array
-    # "C" order with a fresh buffer; np.ascontiguousarray would turn 0-d into 1-d.
-    return np.array(array, order="C", copy=True)
+def _gathered_shape(shape: tuple[int, ...], group: CoreGroup) -> tuple[int, ...]:
+    """Shape of the blocks of all ranks along axis 0; numbers become a list."""
+    return (group.size * shape[0], *shape[1:]) if shape else (group.size,)
 
 
-def _target(
-    out: Any, shape: tuple[int, ...], like_array: np.ndarray[Any, Any] | None, what: str, work: Work, dtype: Any = None
-) -> np.ndarray[Any, Any]:
-    """Return the array results go to, of ours or the caller's ``out``."""
-    if like_array is not None:
-        dtype = like_array.dtype
-    if out is None:
-        return np.empty(shape, dtype)
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"{what}: out must be a NumPy array, not {type(out).__name__}")
-    if out.dtype != dtype or out.shape != shape:
-        raise ValueError(f"{what}: out must have shape {shape} and dtype {dtype}, but has shape {out.shape} and dtype {out.dtype}")
-    flags = out.flags
-    if not (flags.c_contiguous and flags.aligned and flags.writeable):
-        raise ValueError(f"{what}: out must be C-contiguous, aligned and writeable")
-    work.borrows_target = True
-    return out
+def _block_shape(shape: tuple[int, ...], group: CoreGroup, what: str) -> tuple[int, ...]:
+    """Shape of one of the equal blocks of an array along axis 0."""
+    if not shape or shape[0] % group.size:
+        raise ValueError(
+            f"[{what}] Invalid shape={shape} for a group of size {group.size}. The first dimension (axis 0) must be divisible "
+            "by the group size and input must have at least one."
+        )
+    return (shape[0] // group.size, *shape[1:])
 
 
-def _aliasing(
-    x: Any, array: np.ndarray[Any, Any], out: np.ndarray[Any, Any], what: str, allowed: set[tuple[int, int]]
-) -> tuple[int, int] | None:
-    """Return where array and out start, in items, if they share memory in an allowed way; None if they share none."""
-    given = x if isinstance(x, np.ndarray) else array  # of which array may be a copy: the call would still change what x holds
-    if not np.may_share_memory(given, out):
-        return None
-    if given is array:
-        distance, rest = divmod(out.ctypes.data - array.ctypes.data, array.itemsize)
-        found = (max(0, -distance), max(0, distance))
-        if rest == 0 and found in allowed:
-            return found
-    if not np.shares_memory(given, out):
-        return None
-    raise ValueError(f"{what}: out overlaps x; it may be x itself or this rank's block, or share no memory with it")
+_array = arrays.source  # x, what, work
+_target = arrays.target  # out, shape, the array that gives the dtype, what, work, dtype
+_aliasing = arrays.aliasing  # x, its array, the target, what, allowed
 
 
 def _alone(work: Work, x: Any, array: np.ndarray[Any, Any], out: Any, what: str) -> Work:
@@ -208,8 +164,14 @@ def _alone(work: Work, x: Any, array: np.ndarray[Any, Any], out: Any, what: str)
             np.copyto(target, array)
         work.finish(target)
     else:
-        work.finish(x if isinstance(x, np.ndarray) else array)
+        work.finish(_itself(work, x, array))
     return work
+
+
+def _itself(work: Work, x: Any, array: np.ndarray[Any, Any]) -> Any:
+    """Return x, for calls that return what they were given; of what has no kind of its own, the array."""
+    wrapped, work.hand_out = work.hand_out, None
+    return x if isinstance(x, np.ndarray) or wrapped is not None else array
 
 
 def _rank(rank: Any, group: CoreGroup, name: str) -> int:

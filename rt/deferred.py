@@ -13,10 +13,9 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
 
-import numpy as np
-
 from rt import world
 from rt.aio import Work
+from rt.arrays import private
 from rt.group import CoreGroup
 
 _waiting: deque[Deferred] = deque()
@@ -49,7 +48,7 @@ class Deferred:
                 yield from wait_until(self.formed).__await__()
             except asyncio.CancelledError:
                 # The call still counts; its memory is the caller's again.
-                self._x = self._x.copy() if isinstance(self._x, np.ndarray) else self._x
+                self._x = private(self._x)
                 self._out = None
                 raise
             start_waiting()

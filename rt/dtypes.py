@@ -91,3 +91,10 @@ def op_supported(code: DType, op: Op) -> bool:
     if op in (Op.AND, Op.OR, Op.XOR):
         return code not in INEXACT
     return True
+
+
+def check_op(code: DType, op: Op, what: str) -> None:
+    """Raise TypeError if ``op`` is not defined on a dtype."""
+    if not op_supported(code, op):
+        needed = "floating or complex dtypes" if op is Op.MEAN else "bool or integer dtypes"
+        raise TypeError(f"{what}: op {op.name.lower()!r} is for {needed}, not {code.name.lower()}")

@@ -21,11 +21,23 @@ from rt.errors import GroupBrokenError, GroupClosedError, RTError
 from rt.schedule import Collective
 
 if TYPE_CHECKING:
+    from rt.objects import Order
     from rt.world import World
 
 _SIGNATURE = struct.Struct("=IBBBBQiIQQ3Q")
 _PLANS_MOST = 4096
 _PLAIN_DIMS = 3
+_OF_OBJECTS = 0x40  # in the kind of a signature: the call moves objects
+_REDUCING = frozenset(
+    {
+        Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, Collective.REDUCE, Collective.REDUCE_SCATTER_V, Collective.SCAN,
+        Collective.EXSCAN,
+    }
+)  # fmt: skip
+_ROOTED = frozenset(
+    {Collective.BROADCAST, Collective.REDUCE, Collective.GATHER, Collective.SCATTER, Collective.GATHER_V, Collective.SCATTER_V}
+)
+_COUNTED = frozenset({Collective.ALL_GATHER_V, Collective.REDUCE_SCATTER_V, Collective.GATHER_V, Collective.SCATTER_V})
 _RECENT = 64  # calls that can still be named when a peer turns out to have called something else
 
 
@@ -39,7 +51,9 @@ class Call(NamedTuple):
         items: as ``choose`` wants them counted.
         root: rank in the group; for send and recv the peer.
         tag: of send and recv.
+        counts: rows (along axis 0) of each rank's block where blocks differ; ``shape`` is then that of all blocks together.
         alias: where input and output start in shared memory, None out of place.
+        part: of a call that moves objects ("" of others): its header, or the name of the channel its body takes.
     """
 
     kind: Collective
@@ -49,7 +63,9 @@ class Call(NamedTuple):
     items: int
     root: int = -1
     tag: int = 0
+    counts: tuple[int, ...] = ()
     alias: tuple[int, int] | None = None
+    part: str = ""
 
 
 class _Ready(NamedTuple):
@@ -87,6 +103,7 @@ class CoreGroup:
         self.engine = world.engine if world is not None and self.size > 1 else None
         self.failure: Callable[[_fastpath.Work], RTError] | None = None
         self.splits = 0
+        self.object_orders: dict[tuple[Any, ...], Order] = {}
         self._plans: dict[Call, _Ready] = {}
         self._recent: list[tuple[int, bytes]] = [(-1, b"")] * _RECENT
         if self.engine is not None and world is not None:
@@ -129,6 +146,7 @@ class CoreGroup:
         return None
 
     def _plan(self, call: Call) -> _Ready:
+        row_items = _count(call.shape[1:])
         schedule = choose(
             call.kind,
             rank=self.rank,
@@ -139,6 +157,7 @@ class CoreGroup:
             lanes=self.world.lanes if self.world is not None else 1,
             full_mesh=self.full_mesh,
             root=max(call.root, 0),
+            counts=[rows * row_items for rows in call.counts],
         )
         op = Op.SUM if call.op is Op.MEAN else call.op
         program = _fastpath.Program(schedule, call.dtype, op, self._links, call.alias)
@@ -153,7 +172,7 @@ class CoreGroup:
     def _signature(self, call: Call, nbytes: int, algorithm: str) -> bytes:
         """What the peers compare. Send and recv have one signature: which of them is which follows from the channel."""
         p2p = call.kind in (Collective.SEND, Collective.RECV)
-        kind = Collective.SEND if p2p else call.kind
+        kind = (Collective.SEND if p2p else call.kind) | (_OF_OBJECTS if call.part else 0)
         shape = call.shape
         dims = (*shape, 0, 0, 0)[:_PLAIN_DIMS]
         if len(shape) > _PLAIN_DIMS:
@@ -161,15 +180,16 @@ class CoreGroup:
         lanes = self.world.lanes if self.world is not None else 1
         fingerprint = hash64(algorithm, self.identity, lanes, self.full_mesh)
         root = -1 if p2p else call.root
-        tag = call.tag & (2**64 - 1)
+        tag = hash64(*call.counts) if call.counts else call.tag & (2**64 - 1)
         return _SIGNATURE.pack(0, kind, call.dtype, call.op, len(shape), nbytes, root, self.size, fingerprint, tag, *dims)
 
     def _channel(self, call: Call) -> int:
+        apart = () if call.part in ("", "header") else (call.part,)
         if call.kind is Collective.SEND:
-            return hash64(self.identity, "p2p", self.rank, call.root, call.tag)
+            return hash64(self.identity, "p2p", self.rank, call.root, call.tag, *apart)
         if call.kind is Collective.RECV:
-            return hash64(self.identity, "p2p", call.root, self.rank, call.tag)
-        return self.identity
+            return hash64(self.identity, "p2p", call.root, self.rank, call.tag, *apart)
+        return hash64(self.identity, *apart) if apart else self.identity
 
     # -- driving
 
@@ -215,19 +235,31 @@ class CoreGroup:
 def explain_signature(signature: bytes, role: int | None = None) -> str:
     """Return in words what a signature says: ``all_reduce #3 sum float32 (2, 2)``; ``role`` tells a send (0) from a recv (1)."""
     sequence, kind, dtype, op, ndim, nbytes, root, _, _, tag, *dims = _SIGNATURE.unpack(signature)
+    objects, kind = kind & _OF_OBJECTS, kind & ~_OF_OBJECTS
     try:
+        if objects:
+            return _explain_objects(Collective(kind), sequence, root, tag, role)
         name = Collective(kind).name.lower() if kind != Collective.SEND else ("send", "recv", "send/recv")[2 if role is None else role]
-        tag -= 2**64 if tag >= 2**63 else 0
         parts = [f"{name} #{sequence}", DType(dtype).name.lower()]
-        reduces = kind in (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER)
         shape = tuple(dims[:ndim]) if ndim <= _PLAIN_DIMS else f"({dims[0]}, {dims[1]}, ... {ndim} dimensions)"
-        parts += [Op(op).name.lower()] if reduces else []
+        parts += [Op(op).name.lower()] if kind in _REDUCING else []
         parts += [f"shape {shape}", f"{nbytes} B"]
-        parts += [f"root {root}"] if kind == Collective.BROADCAST else []
-        parts += [f"tag {tag}"] if kind == Collective.SEND else []
+        parts += [f"root {root}"] if kind in _ROOTED else []
+        parts += [f"counts {tag:016x} (a hash)"] if kind in _COUNTED else []
+        parts += [f"tag {tag - 2**64 if tag >= 2**63 else tag}"] if kind == Collective.SEND else []
+        parts += [f"of a list of the form {tag:x}"] if kind == Collective.ALL_REDUCE and tag else []
     except ValueError:
         return "a call of another version of rt"
     return " ".join(parts)
+
+
+def _explain_objects(kind: Collective, sequence: int, root: int, tag: int, role: int | None) -> str:
+    """As ``explain_signature``, of a call that moves objects: their header's shape is none of the caller's."""
+    if kind is Collective.SEND:
+        return f"{('send', 'recv', 'send/recv')[2 if role is None else role]}_object #{sequence} tag {tag - 2**64 if tag >= 2**63 else tag}"
+    if kind is Collective.BROADCAST:
+        return f"broadcast_object #{sequence} root {root}"
+    return f"gather_objects #{sequence} root {root}" if root >= 0 else f"all_gather_objects #{sequence}"
 
 
 def _count(shape: tuple[int, ...]) -> int:

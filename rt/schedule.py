@@ -7,8 +7,9 @@ The contract
 ------------
 * The steps of a rank are a *sequential program*. The engine may run them concurrently and item by item; it derives every hazard
   (read-after-write, write-after-read, write-after-write) from the ranges the steps name, so schedules hold no dependency words.
-* A program is right whether INPUT and OUTPUT are different memory or the same: all-reduce and broadcast at equal offsets, all-gather
-  with INPUT being this rank's block of OUTPUT, reduce-scatter with OUTPUT being this rank's block of INPUT. A COPY onto itself is void.
+* A program is right whether INPUT and OUTPUT are different memory or the same: at equal offsets (all-reduce, broadcast, reduce, scan, and
+  all-to-all with equal blocks), with INPUT being this rank's block of OUTPUT (all-gather, gather), or with OUTPUT being this rank's block
+  of INPUT (reduce-scatter, scatter). A COPY onto itself is void.
 * Between two ranks, the k-th SEND on (peer, lane) meets the k-th RECV or RECV_REDUCE on (peer, lane): same count, same wire dtype.
 * Steps are per chunk: their number depends on ranks and lanes, never on bytes. Steps of no items do not occur.
 * The dtype of a buffer is that of x; only TEMPs may be *wide*, which is float32 and occurs only where x is a half type. A SEND puts the
@@ -45,6 +46,17 @@ class Collective(enum.IntEnum):
     BARRIER = 5
     SEND = 6
     RECV = 7
+    REDUCE = 8
+    GATHER = 9
+    SCATTER = 10
+    ALL_TO_ALL = 11
+    ALL_GATHER_V = 12
+    REDUCE_SCATTER_V = 13
+    GATHER_V = 14
+    SCATTER_V = 15
+    ALL_TO_ALL_V = 16
+    SCAN = 17
+    EXSCAN = 18
 
 
 INPUT = 0

@@ -84,7 +84,7 @@ def resolve_secret(keyword: bytes | str | None, hosts: Iterable[str], environ: M
         return _from_file(environ["RT_SECRET_FILE"])
     if "RT_SECRET" in environ:
         return Secret(_long_enough(_encode(environ["RT_SECRET"]), "RT_SECRET", "characters"), "RT_SECRET")
-    if _insecure(environ):
+    if switch(environ, "RT_INSECURE", "connections prove nothing"):
         return Secret(None, "RT_INSECURE=1")
     foreign = next((host for host in sorted(set(hosts)) if not is_local(host)), None)
     if foreign is None:
@@ -194,10 +194,11 @@ def _kind(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "a device or FIFO")
 
 
-def _insecure(environ: Mapping[str, str]) -> bool:
-    value = environ.get("RT_INSECURE", "0")
+def switch(environ: Mapping[str, str], name: str, meaning: str) -> bool:
+    """Say whether a variable that gives up some safety is 1; unset is 0, and anything else a ConfigError."""
+    value = environ.get(name, "0")
     if value not in ("0", "1"):
-        raise ConfigError(f"RT_INSECURE: found {value!r}, expected 1 (connections prove nothing) or 0")
+        raise ConfigError(f"{name}: found {value!r}, expected 1 ({meaning}) or 0")
     return value == "1"
 
 

@@ -20,12 +20,27 @@ from rt.api import Api, Start, check_common, core_of
 from rt.api import Group as _Group
 from rt.config import is_available
 from rt.deferred import start_waiting
-from rt.gradients import BUCKET_BYTES, Plan
+from rt.errors import (
+    CollectiveTimeoutError,
+    ConfigError,
+    GroupAbortedError,
+    GroupBrokenError,
+    GroupClosedError,
+    MismatchError,
+    PeerLostError,
+    ProtocolError,
+    RendezvousError,
+    RTError,
+)
+from rt.gradients import BUCKET_BYTES, averaging
 from rt.group import CoreGroup
 
 __all__ = [
-    "Group", "abort", "all_gather", "all_max", "all_min", "all_reduce", "all_sum", "average_gradients", "barrier", "broadcast", "close",
-    "init", "is_available", "rank", "recv", "recv_like", "send", "size", "sum_scatter",
+    "CollectiveTimeoutError", "ConfigError", "Group", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError",
+    "PeerLostError", "ProtocolError", "RTError", "RendezvousError", "abort", "all_gather", "all_gather_objects", "all_max", "all_min",
+    "all_reduce", "all_sum", "all_to_all", "average_gradients", "barrier", "broadcast", "broadcast_object", "close", "gather",
+    "gather_objects", "init", "is_available", "rank", "recv", "recv_like", "recv_object", "reduce", "scatter", "send", "send_object",
+    "size", "sum_scatter",
 ]  # fmt: skip
 
 _OWN_THREADS = 2  # this one and the control thread: no third can make a call
@@ -106,10 +121,19 @@ all_min = _api.all_min
 all_gather = _api.all_gather
 sum_scatter = _api.sum_scatter
 broadcast = _api.broadcast
+reduce = _api.reduce
+gather = _api.gather
+scatter = _api.scatter
+all_to_all = _api.all_to_all
 barrier = _api.barrier
 send = _api.send
 recv = _api.recv
 recv_like = _api.recv_like
+send_object = _api.send_object
+recv_object = _api.recv_object
+broadcast_object = _api.broadcast_object
+gather_objects = _api.gather_objects
+all_gather_objects = _api.all_gather_objects
 
 
 def init(
@@ -186,7 +210,7 @@ def average_gradients(
     """Average a tree of arrays over all ranks; shapes, dtypes and structure stay.
 
     Args:
-        gradients: any pytree (dicts, lists, tuples, ...) of floating or complex arrays.
+        gradients: any pytree (dicts, lists, tuples, ...) of floating or complex arrays, of any kinds.
         group: None: the world.
         all_reduce_size: leaves are joined into buckets of at least this many bytes, one per dtype; 0 or less: one collective per leaf.
         communication_type: dtype to communicate in; results are cast back.
@@ -194,11 +218,5 @@ def average_gradients(
 
     In a group of one the very same tree is returned.
     """
-    core = core_of(group) if group is not None else _world_core()
-    check_common(None, communication_stream, None)
-    if core.size == 1:
-        return gradients
-    _refuse_inside_loop(core)
-    plan = Plan(gradients, all_reduce_size, communication_type)
-    works = [start(core, None, None) for start in plan.starts()]
-    return plan.finish([_wait(work, core.timeout) for work in works])
+    start = averaging(all_reduce_size, communication_type)
+    return _api._run(group, start, gradients, None, None, communication_stream, None)

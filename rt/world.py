@@ -61,6 +61,7 @@ class World:
         self.rank = ring.rank
         self.size = ring.size
         self.lanes = ring.connections
+        self.authenticated = ring.secret.key is not None  # peers proved to know the job's secret
         self.direct: frozenset[tuple[int, int]] = frozenset()
         self.engine = _fastpath.Engine()
         self.drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopDriver] = weakref.WeakKeyDictionary()
@@ -181,6 +182,9 @@ class World:
 
     def timed_out(self, work: Work, seconds: float) -> None:
         """A time limit expired: blame a rank that has not called, else one that is late."""
+        waiting = work.pending()
+        assert isinstance(waiting, Work)
+        work = waiting
         absent, late = self.engine.waiting_for(work)
         if work.state != _fastpath.FLYING:
             return
@@ -191,11 +195,18 @@ class World:
         culprit = absent[0] if absent else late[0] if len(late) == 1 else -1
         self._report(Report("timeout", work.group.identity, work.sequence, culprit, work.describe(), text))
 
-    def abort(self, group: CoreGroup) -> None:
-        """End every work of a group now, here and on all its ranks."""
-        text = f"rank {self.rank} called abort()"
-        self._report(Report("aborted", group.identity, 0, self.rank, "", text))
-        group.fail(group.broken(GroupAbortedError, self.rank, text))
+    def abort(self, group: CoreGroup, culprit: int | None = None, text: str | None = None) -> None:
+        """End every work of a group now, here and on all its ranks. Unless told otherwise this rank is to blame, for calling ``abort``."""
+        culprit = self.rank if culprit is None else culprit
+        text = text or f"rank {self.rank} called abort()"
+        self._report(Report("aborted", group.identity, 0, culprit, "", text))
+        group.fail(group.broken(GroupAbortedError, culprit, text))
+
+    def abort_all(self, culprit: int | None, text: str) -> None:
+        """Abort every group that this rank is in and that has not failed."""
+        for group in list(self.groups.values()):
+            if group.failure is None:
+                self.abort(group, culprit, text)
 
     def _on_verdict(self, verdict: Verdict) -> None:
         with self._lock:
@@ -362,7 +373,8 @@ def current_world() -> World | None:
     return _world
 
 
-def _at_exit() -> None:
+def end() -> None:
+    """Close the world that was started last, formed or not."""
     if _world is not None and not _world.orphan:
         if _future is not None and not _future.done():
             _future.cancel()
@@ -377,7 +389,7 @@ def _after_fork() -> None:
         _world.abandon()
 
 
-atexit.register(_at_exit)
+atexit.register(end)
 os.register_at_fork(after_in_child=_after_fork)
 
-__all__ = ["GroupClosedError", "World", "current", "current_world", "start"]
+__all__ = ["GroupClosedError", "World", "current", "current_world", "end", "start"]

@@ -75,11 +75,12 @@ class Ranks:
         env: environment of all ranks, on top of this process'; None removes a variable.
         init: False: the body finds ``group`` None and nothing initialised.
         on: per rank the words that its command line begins with, which bring it onto a host of ``netns``; none: all run here.
+        python: the interpreter of the ranks.
     """
 
     def __init__(
         self, n: int, body: Callable[..., Any], *, front: str = "sync", args: Iterable[Any] = (), env: dict[str, str | None] | None = None,
-        init: bool = True, on: Sequence[Sequence[str]] = (),
+        init: bool = True, on: Sequence[Sequence[str]] = (), python: str = sys.executable,
     ) -> None:  # fmt: skip
         if front == "uvloop" and importlib.util.find_spec("uvloop") is None:
             raise unittest.SkipTest("uvloop is not installed")
@@ -87,6 +88,7 @@ class Ranks:
         self.outcomes = [Outcome(rank) for rank in range(n)]
         self._ended = [False] * n
         self._on = on or [()] * n
+        self._python = python
         self._connections: list[Connection] = []
         self._files: list[tuple[IO[bytes], IO[bytes]]] = []
         self._secret = secrets.token_hex(32)
@@ -110,7 +112,7 @@ class Ranks:
         program = f"import sys; sys.path.insert(0, {here!r}); import ranks; ranks._rank({theirs.fileno()})"
         with theirs:
             process = subprocess.Popen(
-                [*self._on[rank], sys.executable, "-X", "faulthandler", "-W", "error", "-c", program],
+                [*self._on[rank], self._python, "-X", "faulthandler", "-W", "error", "-c", program],
                 env=_environment(rank, size, listener, self._secret, env), stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1],
                 pass_fds=fds, start_new_session=True,
             )  # fmt: skip

@@ -24,7 +24,7 @@ DTYPES = (DType.INT64, DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.COMPL
 
 
 class Setting(NamedTuple):
-    """What a collective is called with; ``items`` is the ``count`` of the algorithms."""
+    """What a collective is called with; ``items`` is the ``count`` of the algorithms, ``counts`` those of the kinds in V."""
 
     size: int
     items: int
@@ -32,6 +32,12 @@ class Setting(NamedTuple):
     itemsize: int = 4
     mean: bool = False
     root: int = 0
+    counts: tuple[int, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Items of each rank's block."""
+        return self.counts or (self.items,) * self.size
 
 
 class Numbers(NamedTuple):
@@ -227,18 +233,45 @@ def assert_matched(plans: list[Schedule]) -> None:
     assert len({plan.name for plan in plans}) == 1
 
 
+GATHERS = (Collective.ALL_GATHER, Collective.ALL_GATHER_V, Collective.GATHER, Collective.GATHER_V)
+SCATTERS = (Collective.REDUCE_SCATTER, Collective.REDUCE_SCATTER_V, Collective.SCATTER, Collective.SCATTER_V)
+
+
+def lengths(kind: Collective, rank: int, s: Setting) -> tuple[int, int]:
+    """Return how many items INPUT and OUTPUT of a rank have; none where a program must not touch them."""
+    whole, block = sum(s.blocks), s.blocks[rank]
+    if kind in (Collective.GATHER, Collective.GATHER_V):
+        return block, whole if rank == s.root else 0
+    if kind in (Collective.SCATTER, Collective.SCATTER_V):
+        return whole if rank == s.root else 0, block
+    if kind in GATHERS:
+        return block, whole
+    if kind in SCATTERS:
+        return whole, block
+    if kind is Collective.ALL_TO_ALL:
+        return whole, whole
+    untouched = (kind is Collective.REDUCE and rank != s.root) or (kind is Collective.EXSCAN and rank == 0)
+    return s.items, 0 if untouched else s.items
+
+
+def in_place_offsets(kind: Collective, rank: int, s: Setting) -> tuple[int, int] | None:
+    """Return where INPUT and OUTPUT start in memory they share, None if one of them is none."""
+    if 0 in lengths(kind, rank, s):
+        return None
+    start = sum(s.blocks[:rank])
+    return (start, 0) if kind in GATHERS else (0, start) if kind in SCATTERS else (0, 0)
+
+
 def memory(kind: Collective, rank: int, x: Array, s: Setting, poison: Any, in_place: bool) -> tuple[Array, Array]:
     """Return INPUT, holding ``x``, and OUTPUT of one rank; in place they share memory as the contract says."""
-    result_items = s.size * s.items if kind is Collective.ALL_GATHER else s.items
-    here = slice(rank * s.items, (rank + 1) * s.items)
-    if not in_place:
-        return x.copy(), np.full(result_items, poison, x.dtype)
-    if kind is Collective.ALL_GATHER:
-        whole = np.full(result_items, poison, x.dtype)
-        whole[here] = x
-        return whole[here], whole
-    whole = x.copy()
-    return whole, whole[here] if kind is Collective.REDUCE_SCATTER else whole
+    given, made = lengths(kind, rank, s)
+    offsets = in_place_offsets(kind, rank, s) if in_place else None
+    if offsets is None:
+        return x.copy(), np.full(made, poison, x.dtype)
+    whole = np.full(max(given, made), poison, x.dtype)
+    sides = whole[offsets[0] : offsets[0] + given], whole[offsets[1] : offsets[1] + made]
+    sides[INPUT][:] = x
+    return sides
 
 
 def simulate(
@@ -278,9 +311,27 @@ def accumulated(inputs: Sequence[Array], op: Op) -> Array:
 
 
 def expected(kind: Collective, inputs: list[Array], op: Op, s: Setting) -> list[Array]:
-    if kind is Collective.BROADCAST:
-        return [inputs[s.root]] * s.size
-    if kind is Collective.ALL_GATHER:
-        return [np.concatenate(inputs)] * s.size
+    nothing, ends = inputs[0][:0], np.cumsum(s.blocks)[:-1]
+
+    def at_root(result: Array) -> list[Array]:
+        return [result if rank == s.root else nothing for rank in range(s.size)]
+
+    match kind:
+        case Collective.BROADCAST:
+            return [inputs[s.root]] * s.size
+        case Collective.ALL_GATHER | Collective.ALL_GATHER_V:
+            return [np.concatenate(inputs)] * s.size
+        case Collective.GATHER | Collective.GATHER_V:
+            return at_root(np.concatenate(inputs))
+        case Collective.SCATTER | Collective.SCATTER_V:
+            return np.split(inputs[s.root], ends)
+        case Collective.ALL_TO_ALL:
+            return [np.concatenate([np.split(x, ends)[rank] for x in inputs]) for rank in range(s.size)]
+        case Collective.SCAN:
+            return [accumulated(inputs[: rank + 1], op) for rank in range(s.size)]
+        case Collective.EXSCAN:
+            return [accumulated(inputs[:rank], op) if rank else nothing for rank in range(s.size)]
     total = accumulated(inputs, op)
-    return [total] * s.size if kind is Collective.ALL_REDUCE else np.split(total, s.size)
+    if kind is Collective.REDUCE:
+        return at_root(total)
+    return [total] * s.size if kind is Collective.ALL_REDUCE else np.split(total, ends)

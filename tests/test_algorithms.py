@@ -23,6 +23,7 @@ from schedule_interpreter import (
     assert_matched,
     exact_data,
     expected,
+    lengths,
     numbers,
     simulate,
     wire_is_wide,
@@ -30,7 +31,10 @@ from schedule_interpreter import (
 )
 
 from rt import algorithms as reduce
+from rt import algorithms_exchange as exchange
 from rt import algorithms_move as move
+from rt import algorithms_rooted as rooted
+from rt import algorithms_scan as scan
 from rt.dtypes import HALF, DType, Op, numpy_dtype, op_supported
 from rt.schedule import Collective, Kind, Schedule
 
@@ -43,6 +47,27 @@ def ringlike(make: Callable[..., Schedule]) -> Build:
     return lambda r, s: make(r, s.size, s.items, s.lanes, s.itemsize, mean=s.mean)
 
 
+def scattering(make: Callable[..., Schedule]) -> Build:
+    return lambda r, s: make(r, s.blocks, s.lanes, s.itemsize, mean=s.mean)
+
+
+def through_root(make: Callable[..., Schedule]) -> Build:
+    return lambda r, s: make(r, s.blocks, s.root, s.lanes, s.itemsize)
+
+
+def to_root(make: Callable[..., Schedule], wide: bool) -> Build:
+    return lambda r, s: make(r, s.size, s.items, s.root, s.lanes, s.itemsize, mean=s.mean, wide=wide)
+
+
+def prefixes(doubling: Callable[..., Schedule], pipelined: Callable[..., Schedule]) -> dict[str, Build]:
+    return {
+        "doubling": lambda r, s: doubling(r, s.size, s.items),
+        "doubling, wide": lambda r, s: doubling(r, s.size, s.items, wide=True),
+        "pipeline": lambda r, s: pipelined(r, s.size, s.items, s.lanes, s.itemsize),
+        "pipeline_wide": lambda r, s: pipelined(r, s.size, s.items, s.lanes, s.itemsize, wide=True),
+    }
+
+
 ALL_REDUCE: dict[str, Build] = {
     "ring": ringlike(reduce.ring_all_reduce),
     "ring_wide": ringlike(reduce.ring_all_reduce_wide),
@@ -53,14 +78,14 @@ ALL_REDUCE: dict[str, Build] = {
     "owner, wide": ringlike(functools.partial(reduce.owner_all_reduce, wide=True)),
 }
 REDUCE_SCATTER: dict[str, Build] = {
-    "ring": ringlike(reduce.ring_reduce_scatter),
-    "ring_wide": ringlike(reduce.ring_reduce_scatter_wide),
-    "direct": ringlike(functools.partial(reduce.direct_reduce_scatter, wide=False)),
-    "direct, wide": ringlike(functools.partial(reduce.direct_reduce_scatter, wide=True)),
+    "ring": scattering(reduce.ring_reduce_scatter),
+    "ring_wide": scattering(reduce.ring_reduce_scatter_wide),
+    "direct": scattering(functools.partial(reduce.direct_reduce_scatter, wide=False)),
+    "direct, wide": scattering(functools.partial(reduce.direct_reduce_scatter, wide=True)),
 }
 ALL_GATHER: dict[str, Build] = {
-    "ring": lambda r, s: move.ring_all_gather(r, s.size, s.items, s.lanes, s.itemsize),
-    "direct": lambda r, s: move.direct_all_gather(r, s.size, s.items),
+    "ring": lambda r, s: move.ring_all_gather(r, s.blocks, s.lanes, s.itemsize),
+    "direct": lambda r, s: move.direct_all_gather(r, s.blocks),
 }
 BROADCAST: dict[str, Build] = {
     "binomial": lambda r, s: move.binomial_broadcast(r, s.size, s.items, s.root),
@@ -70,16 +95,54 @@ BARRIER: dict[str, Build] = {
     "dissemination": lambda r, s: move.barrier(r, s.size),
     "ring": lambda r, s: move.ring_barrier(r, s.size),
 }
+REDUCE: dict[str, Build] = {
+    "binomial": lambda r, s: rooted.binomial_reduce(r, s.size, s.items, s.root, mean=s.mean),
+    "owner": to_root(rooted.owner_reduce, False),
+    "owner, wide": to_root(rooted.owner_reduce, True),
+    "pipeline": to_root(rooted.pipelined_reduce, False),
+    "pipeline_wide": to_root(rooted.pipelined_reduce, True),
+}
+GATHER: dict[str, Build] = {
+    "binomial": lambda r, s: rooted.binomial_gather(r, s.blocks, s.root),
+    "direct": through_root(rooted.direct_gather),
+    "ring": through_root(rooted.ring_gather),
+}
+SCATTER: dict[str, Build] = {
+    "binomial": lambda r, s: rooted.binomial_scatter(r, s.blocks, s.root),
+    "direct": through_root(rooted.direct_scatter),
+    "ring": through_root(rooted.ring_scatter),
+}
+ALL_TO_ALL: dict[str, Build] = {
+    "direct": lambda r, s: exchange.direct_all_to_all(r, s.blocks, s.blocks, s.lanes, s.itemsize),
+    "ring": lambda r, s: exchange.ring_all_to_all(r, s.size, s.items, s.lanes, s.itemsize),
+}
+SCAN = prefixes(scan.doubling_scan, scan.pipelined_scan)
+EXSCAN = prefixes(scan.doubling_exscan, scan.pipelined_exscan)
 FAMILIES = {
     Collective.ALL_REDUCE: ALL_REDUCE,
     Collective.REDUCE_SCATTER: REDUCE_SCATTER,
     Collective.ALL_GATHER: ALL_GATHER,
     Collective.BROADCAST: BROADCAST,
     Collective.BARRIER: BARRIER,
+    Collective.REDUCE: REDUCE,
+    Collective.GATHER: GATHER,
+    Collective.SCATTER: SCATTER,
+    Collective.ALL_TO_ALL: ALL_TO_ALL,
+    Collective.SCAN: SCAN,
+    Collective.EXSCAN: EXSCAN,
 }
-REDUCERS = [(kind, name) for kind in (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER) for name in FAMILIES[kind]]
-MOVERS = [(kind, name) for kind in (Collective.ALL_GATHER, Collective.BROADCAST) for name in FAMILIES[kind]]
+SUMS = (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, Collective.REDUCE)
+SCANS = (Collective.SCAN, Collective.EXSCAN)
 EVERY = [(kind, name) for kind, family in FAMILIES.items() for name in family]
+REDUCERS = [(kind, name) for kind, name in EVERY if kind in SUMS + SCANS]
+MOVERS = [(kind, name) for kind, name in EVERY if kind not in (*SUMS, *SCANS, Collective.BARRIER)]
+ROOTED = [(kind, name) for kind, name in EVERY if kind in (Collective.BROADCAST, Collective.REDUCE, Collective.GATHER, Collective.SCATTER)]
+UNEVEN = {
+    Collective.ALL_GATHER: Collective.ALL_GATHER_V,
+    Collective.REDUCE_SCATTER: Collective.REDUCE_SCATTER_V,
+    Collective.GATHER: Collective.GATHER_V,
+    Collective.SCATTER: Collective.SCATTER_V,
+}
 
 
 def programs(kind: Collective, name: str, setting: Setting) -> list[Schedule]:
@@ -90,9 +153,9 @@ def counts(size: int) -> list[int]:
     return [0, 1, 2, size - 1, size, size + 1, 37, 1000]
 
 
-def operators(dtype: DType, name: str) -> list[Op]:
+def operators(kind: Collective, dtype: DType, name: str) -> list[Op]:
     """List the operators an algorithm may be asked for: narrow ones do not divide halves, wide ones only sum and multiply."""
-    found = [op for op in Op if op_supported(dtype, op)]
+    found = [op for op in Op if op_supported(dtype, op) and not (op is Op.MEAN and kind in SCANS)]
     if "wide" in name:
         return [op for op in found if op in (Op.SUM, Op.PROD, Op.MEAN)]
     return [op for op in found if op is not Op.MEAN or dtype not in HALF]
@@ -104,8 +167,7 @@ def dtypes(name: str) -> list[DType]:
 
 def check(kind: Collective, name: str, s: Setting, dtype: DType, op: Op, rng: random.Random, in_place: bool) -> None:
     draw = np.random.default_rng(rng.getrandbits(32))
-    items = s.items * (s.size if kind is Collective.REDUCE_SCATTER else 1)
-    inputs = [exact_data(dtype, op, items, draw) for _ in range(s.size)]
+    inputs = [exact_data(dtype, op, lengths(kind, rank, s)[0], draw) for rank in range(s.size)]
     outputs = simulate(kind, programs(kind, name, s), s, inputs, numbers(dtype, op), rng, in_place)
     for rank, (found, wanted) in enumerate(zip(outputs, expected(kind, inputs, op, s), strict=True)):
         np.testing.assert_array_equal(found, wanted, err_msg=f"rank {rank}, {s}, {dtype!r}, {op!r}, in place: {in_place}")
@@ -126,14 +188,14 @@ def samples(kind: Collective, name: str) -> Iterator[tuple[Setting, random.Rando
 def test_reductions_agree_with_numpy(kind: Collective, name: str) -> None:
     for s, rng in samples(kind, name):
         dtype = rng.choice(dtypes(name))
-        op = rng.choice(operators(dtype, name))
+        op = rng.choice(operators(kind, dtype, name))
         check(kind, name, s._replace(mean=op is Op.MEAN), dtype, op, rng, rng.random() < 0.5)
 
 
 @pytest.mark.parametrize(("kind", "name"), REDUCERS)
 def test_every_dtype_and_operator(kind: Collective, name: str) -> None:
     for size, dtype, in_place in itertools.product((2, 3, 6), dtypes(name), (False, True)):
-        for op in operators(dtype, name):
+        for op in operators(kind, dtype, name):
             rng = random.Random(f"{kind} {name} {size} {dtype} {in_place} {op}")
             check(kind, name, Setting(size, 13, 2, MANY_PARTS // 2, op is Op.MEAN), dtype, op, rng, in_place)
 
@@ -145,12 +207,55 @@ def test_moves_agree_with_numpy(kind: Collective, name: str) -> None:
             check(kind, name, s, rng.choice(DTYPES), Op.SUM, rng, in_place)
 
 
-@pytest.mark.parametrize("name", BROADCAST)
-def test_broadcast_from_every_root(name: str) -> None:
+@pytest.mark.parametrize(("kind", "name"), ROOTED)
+def test_every_root(kind: Collective, name: str) -> None:
     for size in SIZES:
         for root in range(size):
-            rng = random.Random(f"{name} {size} {root}")
-            check(Collective.BROADCAST, name, Setting(size, 5, 2, MANY_PARTS, root=root), DType.INT64, Op.SUM, rng, False)
+            rng = random.Random(f"{kind} {name} {size} {root}")
+            dtype = rng.choice(tuple(HALF)) if "wide" in name else DType.INT64
+            check(kind, name, Setting(size, 5, 2, MANY_PARTS, root=root), dtype, Op.SUM, rng, root % 2 == 0)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name in EVERY if kind in UNEVEN])
+def test_blocks_of_any_lengths(kind: Collective, name: str) -> None:
+    """Among them blocks of nothing and ranks that have everything."""
+    for size, in_place in itertools.product(SIZES, (False, True)):
+        for seed in range(4):
+            rng = random.Random(f"{kind} {name} {size} {in_place} {seed}")
+            counts = [rng.choice((0, 1, 2, 37)) for _ in range(size)]
+            if seed == 0:
+                counts = [0] * size
+                counts[rng.randrange(size)] = 50
+            lanes, itemsize, root = rng.choice((1, 2, 3)), rng.choice((1, MANY_PARTS)), rng.randrange(size)
+            s = Setting(size, sum(counts), lanes, itemsize, root=root, counts=tuple(counts))
+            plans = programs(kind, name, s)
+            assert_matched(plans)
+            assert max(len(plan.steps) for plan in plans) <= 10 * size * s.lanes
+            dtype = rng.choice(dtypes(name))
+            draw = np.random.default_rng(seed)
+            inputs = [exact_data(dtype, Op.SUM, lengths(UNEVEN[kind], rank, s)[0], draw) for rank in range(size)]
+            outputs = simulate(UNEVEN[kind], plans, s, inputs, numbers(dtype, Op.SUM), rng, in_place)
+            for rank, (found, wanted) in enumerate(zip(outputs, expected(UNEVEN[kind], inputs, Op.SUM, s), strict=True)):
+                np.testing.assert_array_equal(found, wanted, err_msg=f"rank {rank}, {s}, {dtype!r}, in place: {in_place}")
+
+
+def test_all_to_all_of_any_lengths() -> None:
+    for size in SIZES:
+        for seed in range(6):
+            rng = random.Random(f"{size} {seed}")
+            table = np.array([[rng.choice((0, 0, 1, 5, 37)) for _ in range(size)] for _ in range(size)])
+            lanes, itemsize = rng.choice((1, 3)), rng.choice((1, MANY_PARTS))
+            plans = [exchange.direct_all_to_all(r, table[r].tolist(), table[:, r].tolist(), lanes, itemsize) for r in range(size)]
+            assert_matched(plans)
+            blocks = [[np.full(count, 1000 * i + j) for j, count in enumerate(row)] for i, row in enumerate(table)]
+            sides = [(np.concatenate(row), np.full(table[:, rank].sum(), -1)) for rank, row in enumerate(blocks)]
+            kind = numbers(DType.INT64, Op.SUM)
+            ranks = [Rank(i, size, plan, *side, kind) for i, (plan, side) in enumerate(zip(plans, sides, strict=True))]
+            Net(ranks, rng, in_order=rng.random() < 0.5).finish()
+            for rank, (_, out) in enumerate(sides):
+                np.testing.assert_array_equal(out, np.concatenate([row[rank] for row in blocks]))
+            asked = [{step.peer for step in plan.steps} - {-1} for plan in plans]
+            assert asked == [{*range(size)} - {rank} for rank in range(size)], "all pairs compare their calls"
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 37])
@@ -200,15 +305,21 @@ def test_same_bits_on_all_ranks(name: str, dtype: DType) -> None:
         assert len({x.tobytes() for x in outputs}) == 1
 
 
+LETTERS = "abcdefghijklmnopq"
+
+
+def spelled_by_rank(kind: Collective, name: str, size: int, form: str, root: int = 0) -> list[set[str]]:
+    """Return, for each rank, all results of combining the names of the ranks."""
+    s = Setting(size, size + 1, 2, MANY_PARTS, root=root)
+    inputs = [np.full(lengths(kind, rank, s)[0], LETTERS[rank], object) for rank in range(size)]
+    return [set(x) for x in simulate(kind, programs(kind, name, s), s, inputs, words(form), random.Random(size), True)]
+
+
 def spelled(kind: Collective, name: str, size: int, form: str) -> set[str]:
-    """Return all results of combining the names of the ranks."""
-    s = Setting(size, size + 1, 2, MANY_PARTS)
-    length = s.items * (size if kind is Collective.REDUCE_SCATTER else 1)
-    inputs = [np.full(length, chr(ord("a") + rank), object) for rank in range(size)]
-    return {word for x in simulate(kind, programs(kind, name, s), s, inputs, words(form), random.Random(size), True) for word in x}
+    return set().union(*spelled_by_rank(kind, name, size, form, root=size // 2))
 
 
-LEFT_FOLDS = [(kind, name) for kind, name in REDUCERS if name.startswith(("direct", "owner"))]
+LEFT_FOLDS = [(kind, name) for kind, name in REDUCERS if kind not in SCANS and name.startswith(("direct", "owner"))]
 
 
 @pytest.mark.parametrize(("kind", "name"), LEFT_FOLDS)
@@ -218,13 +329,32 @@ def test_reduced_in_rank_order_from_the_left(kind: Collective, name: str) -> Non
         assert spelled(kind, name, size, "({}{})") == {functools.reduce("({}{})".format, letters)}
 
 
+@pytest.mark.parametrize("kind", SCANS)
+@pytest.mark.parametrize("name", SCAN)
+def test_scans_keep_lower_ranks_left(kind: Collective, name: str) -> None:
+    for size in SIZES:
+        ends = [rank + 1 if kind is Collective.SCAN else rank for rank in range(size)]
+        assert spelled_by_rank(kind, name, size, "{}{}") == [{LETTERS[:end]} if end else set() for end in ends]
+        if name.startswith("pipeline"):
+            folds = [functools.reduce("({}{})".format, LETTERS[:end]) if end else "" for end in ends]
+            assert spelled_by_rank(kind, name, size, "({}{})") == [{fold} - {""} for fold in folds]
+
+
+@pytest.mark.parametrize("name", REDUCE)
+def test_reduce_keeps_lower_ranks_left_whatever_the_root(name: str) -> None:
+    for size in SIZES:
+        for root in range(size):
+            assert spelled_by_rank(Collective.REDUCE, name, size, "{}{}", root)[root] == {LETTERS[:size]}
+    assert "wide" in name or spelled_by_rank(Collective.REDUCE, "binomial", 6, "({}{})", 4)[4] == {"(((ab)c)((de)f))"}
+
+
 def test_doubling_keeps_lower_ranks_left() -> None:
     for size in SIZES:
         assert spelled(Collective.ALL_REDUCE, "doubling", size, "{}{}") == {"".join(chr(ord("a") + rank) for rank in range(size))}
     assert spelled(Collective.ALL_REDUCE, "doubling", 6, "({}{})") == {"(((ab)(cd))(ef))"}
 
 
-@pytest.mark.parametrize(("kind", "name"), REDUCERS)
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name in REDUCERS if kind in SUMS])
 def test_every_rank_counts_once(kind: Collective, name: str) -> None:
     for size in SIZES:
         assert {"".join(sorted(word)) for word in spelled(kind, name, size, "{}{}")} == {
@@ -239,24 +369,27 @@ WIDE = [(kind, name) for kind, name in REDUCERS if "wide" in name]
 
 
 def half_sum(kind: Collective, name: str, inputs: list[Array], dtype: DType, op: Op) -> Array:
-    """Reduce and return the whole result, put together from the blocks where it was scattered."""
+    """Reduce and return the whole result: the last rank's, put together from the blocks where it was scattered."""
+    if kind is Collective.EXSCAN:
+        inputs = [*inputs, inputs[0]]
     size = len(inputs)
     scattered = kind is Collective.REDUCE_SCATTER
-    s = Setting(size, len(inputs[0]) // (size if scattered else 1), 2, MANY_PARTS // 8, op is Op.MEAN)
+    s = Setting(size, len(inputs[0]) // (size if scattered else 1), 2, MANY_PARTS // 8, op is Op.MEAN, root=size - 1)
     outputs = simulate(kind, programs(kind, name, s), s, inputs, numbers(dtype, op), random.Random(size))
     return np.concatenate(outputs) if scattered else outputs[-1]
 
 
-@pytest.mark.parametrize(("kind", "name"), WIDE)
+@pytest.mark.parametrize(
+    ("kind", "name", "op"), [(*pair, op) for pair in WIDE for op in (Op.SUM, Op.PROD, Op.MEAN) if op is not Op.MEAN or pair[0] in SUMS]
+)
 @pytest.mark.parametrize("dtype", sorted(HALF))
-@pytest.mark.parametrize("op", [Op.SUM, Op.PROD, Op.MEAN])
 def test_halves_are_rounded_once(kind: Collective, name: str, dtype: DType, op: Op) -> None:
     half = numpy_dtype(dtype)
     draw = np.random.default_rng(7)
     for size in (2, 3, 8, 17):
         inputs = [(draw.random(4 * size) / 2 + (op is Op.PROD)).astype(half) for _ in range(size)]
         found = half_sum(kind, name, inputs, dtype, op)
-        if "ring" not in name:
+        if (kind, name) in LEFT_FOLDS or name.startswith("pipeline"):
             np.testing.assert_array_equal(found, accumulated(inputs, op))
         exact = functools.reduce(UFUNCS[op], [x.astype(np.float64) for x in inputs]) / (size if op is Op.MEAN else 1)
         bound = UNIT[dtype] / 2 * (1 + 1e-2)  # half a unit of the half type, whatever the size; the rest is float32's
@@ -266,7 +399,7 @@ def test_halves_are_rounded_once(kind: Collective, name: str, dtype: DType, op: 
 @pytest.mark.parametrize(("kind", "name"), [pair for pair in REDUCERS if pair[1] != "ring"])
 def test_small_halves_are_not_lost(kind: Collective, name: str) -> None:
     """In float16 2048 + 1 is 2048, so only a wide sum sees the ones; the narrow algorithms prove that the test can fail."""
-    inputs = [np.full(17, 2048 if rank == 0 else 1, np.float16) for rank in range(17)]
+    inputs = [np.full(17, 2048 if rank == 1 else 1, np.float16) for rank in range(17)]
     found = half_sum(kind, name, inputs, DType.FLOAT16, Op.SUM)
     assert np.all(found == 2064) if "wide" in name else np.any(found != 2064)
 
@@ -296,15 +429,24 @@ def test_number_of_steps_does_not_depend_on_bytes(kind: Collective, name: str) -
     assert [len(plan.steps) for plan in some] == [len(plan.steps) for plan in more]
 
 
+LINES = (Collective.REDUCE, Collective.GATHER, Collective.SCATTER, *SCANS)  # the ring is cut somewhere: its ends have one neighbour
+
+
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name in EVERY if name.startswith(("ring", "pipeline"))])
 def test_rings_talk_to_neighbours_in_both_directions(kind: Collective, name: str) -> None:
     size = 7
-    for rank, plan in enumerate(programs(kind, name, Setting(size, 1000, 2, MANY_PARTS, root=3))):
-        assert {step.peer for step in plan.steps if step.peer >= 0} == {(rank + 1) % size, (rank - 1) % size}
+    plans = programs(kind, name, Setting(size, 1000, 2, MANY_PARTS, root=3))
+    ends = 0
+    for rank, plan in enumerate(plans):
+        peers = {step.peer for step in plan.steps if step.peer >= 0}
+        assert peers and peers <= {(rank + 1) % size, (rank - 1) % size}
+        ends += len(peers) == 1
+    assert ends == (2 if kind in LINES else 0)
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind, name in EVERY if name in ("ring", "ring_wide") and kind is not Collective.BARRIER]
+    ("kind", "name"),
+    [(kind, name) for kind, name in EVERY if name in ("ring", "ring_wide") and kind in (*SUMS, Collective.ALL_GATHER)],
 )
 def test_rings_use_all_lanes_both_ways(kind: Collective, name: str) -> None:
     """In a group of two both ways lead to the same peer, so there are twice as many streams to it."""
@@ -323,6 +465,11 @@ def test_items_on_the_wire(size: int) -> None:
     """What ``docs/algorithms.md`` promises, added up over the ranks; a wide item counts twice."""
     s = Setting(size, 1000, 2, MANY_PARTS)
     core = 1 << (size.bit_length() - 1)
+    around = sum(range(size // 2 + 1)) + sum(range((size - 1) // 2 + 1))
+
+    def doubled(members: int) -> int:
+        return sum(members - (1 << i) for i in range((members - 1).bit_length()))
+
     totals = {
         (Collective.ALL_REDUCE, "ring"): 2 * (size - 1),
         (Collective.ALL_REDUCE, "ring_wide"): 3 * (size - 1),
@@ -336,6 +483,21 @@ def test_items_on_the_wire(size: int) -> None:
         (Collective.ALL_GATHER, "direct"): size * (size - 1),
         (Collective.BROADCAST, "binomial"): size - 1,
         (Collective.BROADCAST, "pipeline"): size - 1,
+        (Collective.REDUCE, "binomial"): size - 1,
+        (Collective.REDUCE, "pipeline"): size - 1,
+        (Collective.REDUCE, "pipeline_wide"): 2 * (size - 1),
+        (Collective.GATHER, "direct"): size - 1,
+        (Collective.GATHER, "ring"): around,
+        (Collective.SCATTER, "direct"): size - 1,
+        (Collective.SCATTER, "ring"): around,
+        (Collective.ALL_TO_ALL, "direct"): size * (size - 1),
+        (Collective.ALL_TO_ALL, "ring"): size * around,
+        (Collective.SCAN, "doubling"): doubled(size),
+        (Collective.SCAN, "pipeline"): size - 1,
+        (Collective.SCAN, "pipeline_wide"): 2 * (size - 1),
+        (Collective.EXSCAN, "doubling"): size - 1 + doubled(size - 1),
+        (Collective.EXSCAN, "doubling, wide"): size - 1 + 2 * doubled(size - 1),
+        (Collective.EXSCAN, "pipeline"): size - 1,
     }
     found = {(kind, name): items_sent(programs(kind, name, s)) for kind, name in totals}
     assert found == {key: total * s.items for key, total in totals.items()}

@@ -27,8 +27,10 @@ from rt.world import GOODBYE_SECONDS
 
 OPS = (
     "all_reduce", "all_sum", "all_max", "all_min", "all_gather", "sum_scatter", "broadcast", "barrier", "send", "recv", "recv_like",
+    "reduce", "gather", "scatter", "all_to_all",
 )  # fmt: skip
-CALLS = (*OPS, "init", "is_available", "rank", "size", "close", "abort", "average_gradients")
+OBJECTS = ("send_object", "recv_object", "broadcast_object", "gather_objects", "all_gather_objects")
+CALLS = (*OPS, *OBJECTS, "init", "is_available", "rank", "size", "close", "abort", "average_gradients")
 LOOPS = FRONTS[1:]
 fronts = pytest.mark.parametrize("front", FRONTS)
 loops = pytest.mark.parametrize("front", LOOPS)
@@ -47,7 +49,7 @@ def test_both_front_ends_take_the_same_arguments(name: str) -> None:
     assert parameters(getattr(rt, name)) == parameters(getattr(rt.sync, name))
 
 
-@pytest.mark.parametrize("name", [*OPS, "average_gradients"])
+@pytest.mark.parametrize("name", [*OPS, *OBJECTS, "average_gradients"])
 def test_methods_of_groups_take_the_same_arguments(name: str) -> None:
     expected = parameters(getattr(rt, name), "group")
     assert parameters(getattr(rt.Group, name)) == parameters(getattr(rt.sync.Group, name)) == expected
@@ -58,12 +60,14 @@ def test_both_groups_have_the_same_methods() -> None:
         return {name: parameters(member) for name, member in inspect.getmembers(group, callable) if not name.startswith("_")}
 
     assert public(rt.Group) == public(rt.sync.Group)
-    assert set(public(rt.Group)) == {*OPS, "average_gradients", "rank", "size", "split", "abort"}
+    assert set(public(rt.Group)) == {*OPS, *OBJECTS, "average_gradients", "rank", "size", "split", "abort"}
 
 
 def test_what_is_exported() -> None:
     errors = {name for name in rt.__all__ if name.endswith("Error")}
-    assert set(rt.__all__) - errors - {"Work"} == set(rt.sync.__all__) == {*CALLS, "Group"}
+    assert set(rt.__all__) - {"Work", "run"} == set(rt.sync.__all__) == {*CALLS, *errors, "Group"}
+    assert errors == {name for name in vars(rt.errors) if name.endswith("Error")}
+    assert all(getattr(rt, name) is getattr(rt.sync, name) for name in errors)
     assert all(hasattr(rt, name) for name in rt.__all__) and all(hasattr(rt.sync, name) for name in rt.sync.__all__)
 
 
@@ -76,6 +80,12 @@ def test_what_every_operation_takes_by_keyword_only(name: str) -> None:
     assert {p.name for p in found.values() if p.kind is p.KEYWORD_ONLY} == expected
     assert all(found[each].default is None for each in expected - {"tag"})
     assert "tag" not in expected or found["tag"].default == 0
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_what_every_call_with_objects_takes_by_keyword_only(name: str) -> None:
+    found = {p.name: p.default for p in inspect.signature(getattr(rt, name)).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert found == {"group": None, "timeout": None} | ({"tag": 0} if name in ("send_object", "recv_object") else {})
 
 
 def test_average_gradients_has_the_arguments_of_mlx() -> None:
@@ -155,7 +165,10 @@ def test_a_group_of_one_returns_x() -> None:
     x, scalar = np.arange(6.0).reshape(3, 2), np.asarray(1.5)
     group = rt.sync.init()
     for each in (x, scalar):
-        for call in (group.all_sum, group.all_max, group.all_min, group.all_reduce, group.all_gather, group.sum_scatter, group.broadcast):
+        for call in (
+            group.all_sum, group.all_max, group.all_min, group.all_reduce, group.all_gather, group.sum_scatter, group.broadcast,
+            group.reduce, group.gather, group.scatter, group.all_to_all,
+        ):  # fmt: skip
             assert call(each) is each, call
     out = np.empty_like(x)
     assert group.all_sum(x, out=out) is out and np.array_equal(out, x)
@@ -232,7 +245,8 @@ async def refused_arguments(face: Any, group: Any, ctl: Any) -> None:
         (ValueError, "shape", lambda: face.all_gather(x, out=np.empty((4, 3), np.float32))),
         (ValueError, "shape", lambda: face.sum_scatter(x, out=np.empty((4, 3), np.float32))),
         (ValueError, "shape", lambda: face.recv((3,), np.float32, 1 - me, out=np.empty(4, np.float32))),
-        (TypeError, "out must be a NumPy array", lambda: face.all_sum(x, out=bytearray(48))),
+        (ValueError, r"has shape \(48,\) and dtype uint8", lambda: face.all_sum(x, out=bytearray(48))),
+        (TypeError, "out must be an array, not list", lambda: face.all_sum(x, out=[x])),
         (TypeError, "group must be a Group", lambda: face.all_sum(x, group=0)),
         (TypeError, "group must be a Group", lambda: face.barrier(group="world")),
         (rt.ConfigError, "stream=None", lambda: face.all_sum(x, stream="gpu")),

@@ -19,7 +19,7 @@ import pytest
 
 import rt
 from bench import __main__ as command_line
-from bench import conductor, idle, imports, local, loop_lag, measure, options, probe
+from bench import conductor, fused, idle, imports, local, loop_lag, measure, options, probe
 from bench.collectives import COLLECTIVES
 from bench.samples import Cell
 
@@ -272,6 +272,13 @@ def test_loop_lag_covers_every_scene_on_every_loop() -> None:
 def test_reduction_too_short_for_the_timer_has_no_lateness() -> None:
     row = {"loop": "asyncio", "scene": "large", "bytes": 1 << 20, "seconds": 0.0, **probe.summary([]), "calls": 1, "took": 1e-4}
     assert loop_lag.text([row]).splitlines()[-1].split()[-4:] == ["0", "-", "-", "-"]
+
+
+def test_fused_compares_three_ways_in_both_front_ends() -> None:
+    rows = fused.run(2, arrays=3, repeats=2)
+    assert [row["front"] for row in rows] == ["sync", "async"]
+    assert all(row[way] > 0 for row in rows for way in ("one", "fused", "average"))
+    assert fused.text(rows).count("\n  ") == 2 and "3 float32 arrays of 1024 bytes over 2 ranks" in fused.text(rows)
 
 
 def test_import_is_timed_in_fresh_interpreters() -> None:

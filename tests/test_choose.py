@@ -11,7 +11,7 @@ import random
 
 import numpy as np
 import pytest
-from schedule_interpreter import DTYPES, Setting, assert_matched, exact_data, expected, numbers, simulate
+from schedule_interpreter import DTYPES, Setting, assert_matched, exact_data, expected, lengths, numbers, simulate
 
 from rt.choose import choose
 from rt.dtypes import ITEMSIZE, DType, Op, op_supported
@@ -46,7 +46,35 @@ CHOICES = [
     (Collective.BROADCAST, 4, 1, DType.UINT8, Op.SUM, False, "pipeline", False),
     (Collective.BARRIER, 4, 0, DType.UINT8, Op.SUM, True, "dissemination", False),
     (Collective.BARRIER, 4, 0, DType.UINT8, Op.SUM, False, "ring", False),
+    (Collective.REDUCE, 2, 64 * KIB, DType.FLOAT32, Op.MEAN, True, "binomial", False),
+    (Collective.REDUCE, 2, 64 * KIB + 4, DType.FLOAT32, Op.SUM, True, "pipeline", False),
+    (Collective.REDUCE, 4, 16 * KIB, DType.FLOAT16, Op.MAX, True, "binomial", False),
+    (Collective.REDUCE, 4, 16 * KIB + 4, DType.FLOAT32, Op.SUM, True, "owner", False),
+    (Collective.REDUCE, 4, 256 * KIB + 4, DType.FLOAT32, Op.MEAN, True, "pipeline", False),
+    (Collective.REDUCE, 4, 4, DType.FLOAT32, Op.MEAN, False, "pipeline", False),
+    (Collective.REDUCE, 4, 16, DType.FLOAT16, Op.MEAN, True, "owner", True),
+    (Collective.REDUCE, 4, 1024 * KIB, DType.BFLOAT16, Op.SUM, True, "owner", True),
+    (Collective.REDUCE, 4, 16, DType.FLOAT16, Op.SUM, False, "pipeline_wide", True),
+    (Collective.GATHER, 4, 4 * KIB, DType.FLOAT32, Op.SUM, True, "binomial", False),
+    (Collective.GATHER, 4, 4 * KIB + 4, DType.FLOAT32, Op.SUM, True, "direct", False),
+    (Collective.GATHER, 4, 4, DType.FLOAT32, Op.SUM, False, "ring", False),
+    (Collective.SCATTER, 4, 4 * KIB, DType.FLOAT32, Op.SUM, True, "binomial", False),
+    (Collective.SCATTER, 4, 4 * KIB + 4, DType.FLOAT32, Op.SUM, True, "direct", False),
+    (Collective.SCATTER, 4, 4, DType.FLOAT32, Op.SUM, False, "ring", False),
+    (Collective.ALL_TO_ALL, 4, 4, DType.FLOAT32, Op.SUM, True, "direct", False),
+    (Collective.ALL_TO_ALL, 4, 4, DType.FLOAT32, Op.SUM, False, "ring", False),
+    (Collective.SCAN, 4, 16 * KIB, DType.FLOAT32, Op.SUM, True, "doubling", False),
+    (Collective.SCAN, 4, 16 * KIB + 4, DType.FLOAT32, Op.SUM, True, "pipeline", False),
+    (Collective.SCAN, 4, 16, DType.FLOAT16, Op.SUM, True, "doubling", True),
+    (Collective.SCAN, 4, 16, DType.FLOAT16, Op.SUM, False, "pipeline_wide", True),
+    (Collective.EXSCAN, 3, 16, DType.FLOAT16, Op.SUM, True, "doubling", False),
+    (Collective.EXSCAN, 4, 16, DType.FLOAT16, Op.PROD, True, "doubling", True),
+    (Collective.EXSCAN, 4, 4, DType.FLOAT32, Op.SUM, False, "pipeline", False),
 ]
+KINDS = (
+    Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, Collective.ALL_GATHER, Collective.BROADCAST, Collective.REDUCE, Collective.GATHER,
+    Collective.SCATTER, Collective.ALL_TO_ALL, Collective.SCAN, Collective.EXSCAN,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "size", "nbytes", "dtype", "op", "mesh", "name", "wide"), CHOICES)
@@ -55,29 +83,46 @@ def test_choice(kind: Collective, size: int, nbytes: int, dtype: DType, op: Op, 
     plans = [choose(kind, rank=r, size=size, count=count, dtype=dtype, op=op, lanes=2, full_mesh=mesh, root=1) for r in range(size)]
     assert {plan.name for plan in plans} == {name}
     assert {any(temp.wide for temp in plan.temps) for plan in plans} == {wide}
-    assert any(step.kind is Kind.SCALE for step in plans[0].steps) == (op is Op.MEAN)
+    assert any(step.kind is Kind.SCALE for plan in plans for step in plan.steps) == (op is Op.MEAN)
     assert_matched(plans)
     if not mesh:
         assert all(step.peer in (-1, (r + 1) % size, (r - 1) % size) for r, plan in enumerate(plans) for step in plan.steps)
 
 
-@pytest.mark.parametrize("kind", [Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, Collective.ALL_GATHER, Collective.BROADCAST])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_choice_is_right(kind: Collective) -> None:
     for size, mesh, nbytes in itertools.product((2, 3, 5, 8), (True, False), (8, 6 * KIB, 100 * KIB, 600 * KIB)):
         rng = random.Random(f"{kind} {size} {mesh} {nbytes}")
         dtype = rng.choice(DTYPES)
-        op = rng.choice([op for op in Op if op_supported(dtype, op)])
+        scans = kind in (Collective.SCAN, Collective.EXSCAN)
+        op = rng.choice([op for op in Op if op_supported(dtype, op) and not (scans and op is Op.MEAN)])
         s = Setting(size, nbytes // ITEMSIZE[dtype], rng.choice((1, 3)), root=rng.randrange(size))
         plans = [
             choose(kind, rank=r, size=size, count=s.items, dtype=dtype, op=op, lanes=s.lanes, full_mesh=mesh, root=s.root)
             for r in range(size)
         ]
         draw = np.random.default_rng(rng.getrandbits(32))
-        length = s.items * (size if kind is Collective.REDUCE_SCATTER else 1)
-        inputs = [exact_data(dtype, op, length, draw) for _ in range(size)]
+        inputs = [exact_data(dtype, op, lengths(kind, rank, s)[0], draw) for rank in range(size)]
         outputs = simulate(kind, plans, s, inputs, numbers(dtype, op), rng, rng.random() < 0.5)
         for found, wanted in zip(outputs, expected(kind, inputs, op, s), strict=True):
             np.testing.assert_array_equal(found, wanted, err_msg=f"{plans[0].name}, {s}, {dtype!r}, {op!r}")
+
+
+def test_blocks_of_different_lengths_go_by_the_largest() -> None:
+    def names(kind: Collective, counts: list[int], mesh: bool = True) -> set[str]:
+        size, given = len(counts), {"count": sum(counts), "counts": counts, "dtype": DType.UINT8, "op": Op.SUM, "lanes": 1}
+        return {choose(kind, rank=r, size=size, full_mesh=mesh, **given).name for r in range(size)}  # type: ignore[arg-type]
+
+    for kind in (Collective.ALL_GATHER_V, Collective.REDUCE_SCATTER_V):
+        assert names(kind, [0, 64 * KIB, 1, 64 * KIB]) == {"direct"}
+        assert names(kind, [0, 64 * KIB + 1, 1, 0]) == names(kind, [1, 0, 0, 0], False) == {"ring"}
+    for kind in (Collective.GATHER_V, Collective.SCATTER_V):
+        assert names(kind, [4 * KIB, 0, 1, 0]) == {"binomial"}
+        assert names(kind, [4 * KIB + 1, 0, 1, 0]) == {"direct"}
+        assert names(kind, [1, 0, 0, 0], False) == {"ring"}
+    assert choose(
+        Collective.ALL_TO_ALL_V, rank=0, size=2, count=0, dtype=DType.INT8, op=Op.SUM, lanes=1, full_mesh=True, counts=[0] * 4
+    ).steps, "those that exchange nothing are compared, too"
 
 
 def test_point_to_point_asks_for_the_peer_only() -> None:

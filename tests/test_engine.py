@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from schedule_interpreter import Setting, exact_data, expected, memory
+from schedule_interpreter import Setting, exact_data, expected, in_place_offsets, lengths, memory
 from simulation import NEVER, SimWorld
 
 from rt import _fastpath, algorithms, algorithms_move
@@ -19,14 +19,11 @@ from rt.schedule import OUTPUT, Collective, Kind, Schedule, Step
 
 Array = np.ndarray[Any, Any]
 EAGER = (1 << 16) + 96
-KINDS = (Collective.ALL_REDUCE, Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.BROADCAST)
+KINDS = (
+    Collective.ALL_REDUCE, Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.BROADCAST, Collective.REDUCE, Collective.GATHER,
+    Collective.SCATTER, Collective.ALL_TO_ALL, Collective.SCAN, Collective.EXSCAN,
+)  # fmt: skip
 TYPES = (DType.INT64, DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.BOOL, DType.COMPLEX64, DType.UINT8)
-ALIASES = {
-    Collective.ALL_REDUCE: lambda rank, items: (0, 0),
-    Collective.BROADCAST: lambda rank, items: (0, 0),
-    Collective.ALL_GATHER: lambda rank, items: (rank * items, 0),
-    Collective.REDUCE_SCATTER: lambda rank, items: (0, rank * items),
-}
 DONE = _fastpath.DONE
 
 
@@ -37,12 +34,12 @@ class Trial:
         dtype = dice.choice(TYPES)
         self.kind, self.mesh = kind, mesh
         # NumPy divides complex numbers by complex numbers, and rounds more often than we do.
-        self.op = dice.choice([op for op in Op if op_supported(dtype, op) and (dtype, op) != (DType.COMPLEX64, Op.MEAN)])
+        no_mean = dtype is DType.COMPLEX64 or kind in (Collective.SCAN, Collective.EXSCAN)
+        self.op = dice.choice([op for op in Op if op_supported(dtype, op) and not (no_mean and op is Op.MEAN)])
         self.s = Setting(size, dice.randint(0, most_items), root=dice.randrange(size))
         self.in_place = dice.random() < 0.5
         draw = np.random.default_rng(dice.getrandbits(32))
-        length = self.s.items * (size if kind is Collective.REDUCE_SCATTER else 1)
-        self.inputs = [exact_data(dtype, self.op, length, draw) for _ in range(size)]
+        self.inputs = [exact_data(dtype, self.op, lengths(kind, rank, self.s)[0], draw) for rank in range(size)]
         poison = 77 if dtype in (DType.BOOL, DType.INT64, DType.UINT8) else np.nan
         self.sides = [memory(kind, rank, x, self.s, poison, self.in_place) for rank, x in enumerate(self.inputs)]
 
@@ -50,7 +47,7 @@ class Trial:
         """Start one rank's part; ``rank`` is of the world, and of the group unless ``ranks`` says otherwise."""
         me = more["ranks"].index(rank) if "ranks" in more else rank
         x, out = self.sides[me]
-        alias = ALIASES[self.kind](me, self.s.items) if self.in_place else None
+        alias = in_place_offsets(self.kind, me, self.s) if self.in_place else None
         return world.collective(
             rank, self.kind, x, out, op=self.op, root=self.s.root, count=self.s.items, full_mesh=self.mesh, alias=alias, **more
         )

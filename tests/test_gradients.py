@@ -17,7 +17,7 @@ from ranks import FRONTS, results
 
 import rt
 import rt.sync
-from rt import collectives
+from rt.group import Call, CoreGroup
 
 Array = np.ndarray[Any, Any]
 fronts = pytest.mark.parametrize("front", FRONTS)
@@ -36,12 +36,12 @@ class Counting:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
-        self._original = collectives.all_reduce
-        collectives.all_reduce = self._count  # type: ignore[assignment]
+        self._original = CoreGroup.submit
+        CoreGroup.submit = lambda *submitted: self._count(*submitted)  # type: ignore[method-assign]
 
-    def _count(self, group: Any, x: Any, *rest: Any) -> Any:
-        self.calls.append((x.dtype.name, x.size))
-        return self._original(group, x, *rest)
+    def _count(self, group: CoreGroup, what: str, call: Call, *rest: Any) -> None:
+        self.calls.append((call.dtype.name.lower(), call.items))
+        self._original(group, what, call, *rest)
 
     def take(self) -> list[tuple[str, int]]:
         calls, self.calls = self.calls, []

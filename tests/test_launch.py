@@ -1,77 +1,34 @@
-"""``rt.launch`` as its users meet it: real launchers, real ranks, real signals; and the cutting of output into lines.
+"""``rt.launch`` as its users meet it: exit codes, wrong usage, and what ranks are given.
 
-May live here: tests of ``rt.launch`` and ``rt._forward``. May not: groups and collectives; the ranks here are small scripts that never
-import ``rt``, so that a failure is the launcher's own.
+May live here: the command line and what becomes of it. May not: output, input and ends, which have files of their own, and groups; the
+ranks here are small scripts that never import ``rt``, so that a failure is the launcher's own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import select
+import shlex
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launching import (
+    PREAMBLE,
+    WAIT_FOR_EVER,
+    last_line,
+    launch,
+    launch_source,
+    linux,
+)
 
-import rt.launch
-from rt._forward import Sink, Stream
-from rt.launch import _environment, _split
-
-ROOT = str(Path(rt.launch.__file__).parents[1])
-PATIENCE = 20.0  # seconds no test needs; a hang fails after them
-linux = pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals, pidfds and /proc are Linux")
-
-PREAMBLE = "import os, signal, sys\nrank = int(os.environ['RT_RANK'])\n"
-WAIT_FOR_EVER = "while True: signal.pause()\n"
-
-
-def launcher(*arguments: str, grace: float = 5.0) -> list[str]:
-    return [sys.executable, "-c", f"import sys; from rt.launch import main; sys.exit(main(grace={grace}))", *arguments]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": ROOT, **extra}
+from rt._launch_options import _parser, split
+from rt._launch_ranks import environment as shared_environment
 
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     return tmp_path / "script.py"
-
-
-def launch(*arguments: str, grace: float = 5.0, **extra: str) -> subprocess.CompletedProcess[str]:
-    command = launcher(*arguments, grace=grace)
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment(**extra), stdin=subprocess.DEVNULL)
-
-
-def launch_source(script: Path, source: str, size: int = 2, grace: float = 5.0, **extra: str) -> subprocess.CompletedProcess[str]:
-    script.write_text(PREAMBLE + source)
-    return launch("-n", str(size), str(script), grace=grace, **extra)
-
-
-@contextlib.contextmanager
-def running(script: Path, source: str, size: int = 2, grace: float = 5.0) -> Iterator[subprocess.Popen[bytes]]:
-    script.write_text(PREAMBLE + source)
-    pipe = subprocess.PIPE
-    command = launcher("-n", str(size), str(script), grace=grace)
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env=environment()) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def lines(process: subprocess.Popen[bytes], count: int) -> list[str]:
-    assert process.stdout is not None
-    return sorted(process.stdout.readline().decode() for _ in range(count))
-
-
-def last_line(text: str | bytes) -> str:
-    return (text if isinstance(text, str) else text.decode()).splitlines()[-1]
 
 
 # --- exit codes ----------------------------------------------------------------------------------------------------------------------
@@ -131,6 +88,13 @@ open({str(fifo)!r}, "w").close()
         (["-n", "-1", "true"], "argument -n: found '-1'"),
         (["-n", "two", "true"], "argument -n: found 'two'"),
         (["-n", "2", "--env", "NAME", "true"], "argument --env: found 'NAME', expected NAME=VALUE"),
+        (["-n", "2", "--timeout", "soon", "true"], "argument --timeout: found 'soon', expected a number of seconds above 0"),
+        (["-n", "2", "--timeout", "0", "true"], "argument --timeout: found '0', expected a number of seconds above 0"),
+        (["-n", "2", "--prefix", "often", "true"], "argument --prefix: found 'often', expected auto, always or never"),
+        (["-n", "2", "--cwd", "/no/folder", "true"], "argument --cwd: found '/no/folder', expected a folder that exists"),
+        (["-n", "2", "--cwd", "/", "program.py"], "program 'program.py' not found in '/': no such file"),
+        (["-n", "2", "--cwd", "/", "./program"], "program './program' not found in '/': no such executable file"),
+        (["-n", "2", "--cwd"], "argument --cwd: expected one argument"),
         (["-n", "2", "--verb", "true"], "unrecognized arguments: --verb"),
         (["-n", "2", "no-such-program"], "program 'no-such-program' not found: not on PATH"),
         (["-n", "2", "./no-such-program"], "program './no-such-program' not found: no such executable file"),
@@ -156,6 +120,16 @@ def test_help_teaches() -> None:
     done = launch("--help")
     assert done.returncode == 0
     assert "rt.launch -n 4 train.py" in done.stdout
+    examples = re.findall(r"rt\.launch (-.+?)   ", done.stdout)
+    assert len(examples) == 8
+    for example in examples:  # each has only options that exist
+        ours, command = split(shlex.split(example), _parser()[1])
+        assert _parser()[0].parse_args(ours).n in (2, 4) and command
+
+
+def test_every_option_with_a_value_is_known_to_take_one() -> None:
+    parser, valued = _parser()
+    assert valued == [name for action in parser._actions if action.nargs is None for name in action.option_strings]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +142,16 @@ def test_help_teaches() -> None:
     ],
 )
 def test_options_end_at_the_program(line: str, ours: str, command: str) -> None:
-    assert _split(line.split()) == (ours.split(), command.split())
+    assert split(line.split(), _parser()[1]) == (ours.split(), command.split())
+
+
+@pytest.mark.parametrize("program", [["script.py"], ["./script.py"], ["python", "script.py"], ["./program"]])
+def test_a_folder_to_run_in(program: list[str], tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("import os; print(os.getcwd())")
+    (tmp_path / "program").write_text("#!/bin/sh\npwd\n")
+    (tmp_path / "program").chmod(0o755)
+    done = launch("-n", "2", "--cwd", str(tmp_path), *program)
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, [f"[{rank}] {tmp_path}" for rank in range(2)])
 
 
 def test_arguments_reach_the_script_unchanged(script: Path) -> None:
@@ -188,10 +171,11 @@ def test_variables(script: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "cores", "threads"), [(1, 8, None), (2, 8, "4"), (4, 2, "1")])
-def test_blas_threads_share_the_cores(size: int, cores: int, threads: str | None) -> None:
-    shared = _environment({"OPENBLAS_NUM_THREADS": "3"}, {}, size, cores)
+def test_blas_threads_share_the_cores(size: int, cores: int, threads: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rt._launch_ranks.cores", lambda: cores)
+    shared = shared_environment({"OPENBLAS_NUM_THREADS": "3"}, {}, size)
     assert (shared.get("OMP_NUM_THREADS"), shared["OPENBLAS_NUM_THREADS"]) == (threads, "3")
-    assert _environment({}, {"OMP_NUM_THREADS": "7"}, size, cores)["OMP_NUM_THREADS"] == "7"
+    assert shared_environment({}, {"OMP_NUM_THREADS": "7"}, size)["OMP_NUM_THREADS"] == "7"
 
 
 def test_verbose_names_settings_processes_and_ends(script: Path) -> None:
@@ -235,182 +219,3 @@ print(hashlib.sha256(secret).hexdigest())
     assert first.stdout.split()[1] != second.stdout.split()[1]
 
 
-# --- output --------------------------------------------------------------------------------------------------------------------------
-
-
-def test_output_is_complete_apart_and_never_mixed(script: Path) -> None:
-    done = launch_source(
-        script,
-        """
-for line in range(2500):
-    os.write(1, b"out %d %s\\n" % (line, b"x" * (line % 97)))
-    os.write(2, b"err %d\\n" % line)
-""",
-        size=4,
-    )
-    assert done.returncode == 0
-    for rank in range(4):
-        mark = f"[{rank}] "
-        out, err = ([line for line in text.splitlines() if line.startswith(mark)] for text in (done.stdout, done.stderr))
-        assert out == [f"{mark}out {n} {'x' * (n % 97)}" for n in range(2500)]
-        assert err == [f"{mark}err {n}" for n in range(2500)]
-    assert len(done.stdout.splitlines()) == len(done.stderr.splitlines()) == 10_000
-
-
-def test_a_line_without_end_is_not_lost(script: Path) -> None:
-    done = launch_source(script, "sys.stdout.write('the end') if rank else None")
-    assert done.stdout == "[1] the end"
-
-
-def test_a_progress_line_shows_and_rank_0_reads_our_stdin(script: Path) -> None:
-    with running(script, "sys.stdout.write('\\r50 %') if rank == 0 else None\nprint(repr(sys.stdin.readline()))") as process:
-        assert process.stdout is not None
-        shown = b""
-        while b"50 %" not in shown:  # rank 0 writes nothing more before it has read
-            shown += process.stdout.read(100)
-        rest = process.communicate(b"go on\n", timeout=PATIENCE)[0]
-        assert process.returncode == 0
-    text = (shown + rest).decode()
-    assert "[0] 50 %" in text
-    assert "'go on\\n'" in text
-    assert "[1] ''\n" in text  # the others read /dev/null
-
-
-def test_both_outputs_in_one_file(script: Path, tmp_path: Path) -> None:
-    script.write_text("import os\nfor n in range(500): os.write(1 + n % 2, b'%d %s\\n' % (n, b'x' * 80))")
-    with open(tmp_path / "log", "wb") as log:
-        subprocess.run(launcher("-n", "2", str(script)), stdout=log, stderr=log, env=environment(), timeout=PATIENCE, check=True)
-    found = (tmp_path / "log").read_text().splitlines()
-    assert sorted(found) == sorted(f"[{rank}] {n} {'x' * 80}" for rank in range(2) for n in range(500))
-
-
-def test_a_reader_that_leaves_ends_the_job(script: Path) -> None:
-    with running(script, "while True: print('y')") as process:
-        lines(process, 1)
-        assert process.stdout is not None
-        process.stdout.close()
-        assert process.wait(PATIENCE) == 128 + signal.SIGPIPE
-
-
-def test_an_output_nobody_reads_does_not_stop_signals(script: Path) -> None:
-    with running(script, "print('ready', file=sys.stderr)\nwhile True: os.write(1, b'y' * 4095 + b'\\n')", grace=0.5) as process:
-        assert process.stderr is not None
-        process.stderr.readline()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
-
-
-def test_ranks_wait_for_a_slow_reader(script: Path) -> None:
-    source = """
-import select
-os.set_blocking(1, False)
-pipe, total = select.poll(), 0
-pipe.register(1, select.POLLOUT)
-while pipe.poll(1000):  # a whole second without room: the launcher holds us back instead of keeping everything in memory
-    total += os.write(1, b"y" * 4095 + b"\\n")
-    if total > 64 << 20: sys.exit(9)
-print("held back", file=sys.stderr)
-"""
-    with running(script, source + WAIT_FOR_EVER, grace=0.5) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline().endswith(b"held back\n")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
-
-
-@pytest.mark.parametrize(
-    ("pieces", "shown"),
-    [
-        ([b"a\nb\n"], b"[0] a\n[0] b\n"),
-        ([b"a", b"b\n"], b"[0] ab\n"),
-        ([b"a\r", b"\nb\n"], b"[0] a\r\n[0] b\n"),
-        ([b"\r10 %\r20 %", b"\r\n"], b"\r[0] 10 %\r[0] 20 %\r\n"),
-        ([b"\n\n"], b"[0] \n[0] \n"),
-        ([b"a\r\rb\n"], b"[0] a\r\r[0] b\n"),
-    ],
-)
-def test_lines(pieces: list[bytes], shown: bytes) -> None:
-    sink = Sink(-1)
-    stream = Stream(sys.stdin.buffer, b"[0] ", sink, -1)
-    for piece in pieces:
-        stream.feed(piece, 0.0)
-    assert (bytes(sink.waiting), stream.due) == (shown, None)
-
-
-def test_another_ranks_line_breaks_an_unfinished_one() -> None:
-    sink = Sink(-1)
-    zero, one = (Stream(sys.stdin.buffer, b"[%d] " % rank, sink, -1) for rank in range(2))
-    zero.feed(b"half", 1.0)
-    assert zero.due is not None and not sink.waiting
-    zero.feed(b" of it", 2.0)
-    zero.flush()
-    zero.feed(b", more", 3.0)
-    zero.flush()
-    one.feed(b"whole\n", 3.0)
-    zero.feed(b"rest\n", 4.0)
-    assert bytes(sink.waiting) == b"[0] half of it, more\n[1] whole\n[0] rest\n"
-
-
-# --- signals and orphans -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_are_handed_on(script: Path, number: signal.Signals) -> None:
-    with running(script, "signal.signal(signal.SIGINT, signal.SIG_DFL)\nprint('ready')\n" + WAIT_FOR_EVER) as process:
-        lines(process, 2)
-        process.send_signal(number)
-        error = process.communicate(timeout=PATIENCE)[1]
-        assert (process.returncode, last_line(error)) == (128 + number, f"rt.launch: stopped by {number.name}")
-
-
-def test_ranks_that_end_in_order_when_told_to_are_no_failure(script: Path) -> None:
-    source = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nprint('ready')\n"
-    with running(script, source + WAIT_FOR_EVER) as process:
-        lines(process, 2)
-        process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=PATIENCE)[1] == b""
-        assert process.returncode == 0
-
-
-def test_a_second_sigint_kills(script: Path) -> None:
-    source = "signal.signal(signal.SIGINT, lambda *_: print('not yet'))\nprint('ready')\n"
-    with running(script, source + WAIT_FOR_EVER, grace=10 * PATIENCE) as process:
-        lines(process, 2)
-        process.send_signal(signal.SIGINT)
-        assert lines(process, 2) == ["[0] not yet\n", "[1] not yet\n"]
-        process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=PATIENCE)[1]
-        assert (process.returncode, last_line(error)) == (130, "rt.launch: stopped by SIGINT")
-
-
-def wait_for_death(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(5000))
-
-
-@linux
-def test_no_rank_outlives_a_killed_launcher(script: Path) -> None:
-    with running(script, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid())\n" + WAIT_FOR_EVER, size=3) as process:
-        pidfds = [os.pidfd_open(int(line.split()[1])) for line in lines(process, 3)]
-        process.kill()
-        try:
-            assert all(wait_for_death(pidfd) for pidfd in pidfds)
-        finally:
-            for pidfd in pidfds:
-                os.close(pidfd)
-
-
-@linux
-@pytest.mark.parametrize("ending", ["exit 0", "exit 5"])
-def test_children_of_ranks_are_ended_too(ending: str) -> None:
-    child = f"sleep 1000 >/dev/null 2>&1 & echo $!; {ending}"
-    done = launch("-n", "1", "sh", "-c", child, grace=0.2)
-    assert done.returncode == int(ending.split()[1])
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(done.stdout), 0)
-
-
-def test_a_ranks_helper_may_finish_its_work() -> None:
-    done = launch("-n", "2", "sh", "-c", "(sleep 0.3; echo late) & exit 0", grace=PATIENCE)
-    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, ["[0] late", "[1] late"])

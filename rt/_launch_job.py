@@ -1,0 +1,329 @@
+"""The job of ``rt.launch``: one loop that sleeps in ``poll`` until a pipe, a signal or a deadline calls, and decides how the ranks end.
+
+May live here: the loop, signals, deadlines, and the verdict. May not: threads, the handling of text (``_forward``, ``_launch_input``), how
+a process is made (``_launch_ranks``), and anything that talks to a group: a rank finds its own way. Three rules:
+
+- **No orphans.** A rank leads its own session, so that its children are ended with it, and a guard kills what is left should we be killed.
+- **Never block.** An output that nobody reads (a paused pager) holds back the ranks that write, but not signals and deadlines.
+- **The first to fail is named**, its exit code is ours, and the message is the last line.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import select
+import shlex
+import signal
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from io import FileIO
+from types import TracebackType
+
+from rt._forward import BACKLOG_BYTES, Sink, Stream
+from rt._launch_guard import Guard
+from rt._launch_input import Input
+from rt._launch_options import Options
+from rt._launch_ranks import THREADS, Rank, cores, environment, identity, signal_name, spawn, tie_to_this_process, wait_for_any
+from rt.secret import make_secret_fd
+
+TIMED_OUT = 124  # the exit code of timeout(1)
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Job:
+    """The ranks, their input and output, and the decision when and how they end.
+
+    An end is a plan: pairs of a signal for all groups and the seconds to wait for it to work. Failure: SIGTERM, then SIGKILL.
+    """
+
+    def __init__(self, options: Options, grace: float) -> None:
+        self._options = options
+        self._grace = grace
+        self._ranks: list[Rank] = []
+        self._streams: list[Stream] = []
+        self._errors: dict[int, Stream] = {}  # the stderr of each rank, unless it has ours
+        self._input: Input | None = None
+        self._poll = select.poll()  # not epoll: it refuses regular files, and stdin or stdout may be one
+        self._calls: dict[int, Callable[[], None]] = {}
+        self._out = Sink.to(1)
+        self._err = self._out if os.path.sameopenfile(1, 2) else Sink.to(2)  # one queue per file, or lines would be cut in each other
+        self._plan: list[tuple[int, float]] | None = None  # None: nothing is ending
+        self._deadline: float | None = None  # of the plan's present step
+        self._limit: float | None = None  # of the whole job
+        self._abandoned = False  # the plan is used up
+        self._stopped_by: int | None = None
+        self._verdict: tuple[int, str] | None = None  # exit code and last line
+        self._culprit: Rank | None = None
+
+    def __enter__(self) -> Job:
+        """Have signals wake the loop, from before the first rank exists."""
+        self._wakeup, write_end = socket.socketpair()
+        self._wakeup_writer = write_end
+        for end in (self._wakeup, write_end):
+            end.setblocking(False)
+        signal.set_wakeup_fd(write_end.fileno())
+        for number in (*_STOP_SIGNALS, signal.SIGCHLD):
+            if number == signal.SIGCHLD or signal.getsignal(number) != signal.SIG_IGN:  # nohup and "&" ignore some: so do we
+                signal.signal(number, _wake)
+        self._want(self._wakeup.fileno(), True, select.POLLIN, self._on_signals)
+        self._job_id = secrets.token_hex(8)
+        self._guard = Guard(self._job_id)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for rank in self._ranks:
+            rank.signal(signal.SIGKILL)  # reaches somebody only if the loop broke
+        self._guard.end(sweep=True)  # does nothing if it has ended
+        signal.set_wakeup_fd(-1)
+        self._wakeup.close()
+        self._wakeup_writer.close()
+
+    def run(self) -> int:
+        """Start the ranks, wait for all, and return the exit code."""
+        if self._options.timeout is not None:
+            self._limit = time.monotonic() + self._options.timeout
+        try:
+            logs = self._open_logs()
+        except OSError as error:
+            self._fail(2, f"--log-dir: cannot write {error.filename!r}: {error.strerror}")
+        else:
+            self._start(logs)
+        while not (self._abandoned or (self._all_ended() and self._all_quiet())):
+            self._arm()
+            patience = self._patience()
+            for fd, _ in self._poll.poll(None if patience is None else patience * 1000):
+                self._calls[fd]()
+            self._attend(time.monotonic())
+        return self._conclude()
+
+    # --- starting
+
+    def _open_logs(self) -> list[tuple[FileIO, FileIO]]:
+        folder = self._options.log_dir
+        if folder is None:
+            return []
+        os.makedirs(folder, exist_ok=True)
+        names = [os.path.join(folder, f"rank{rank}") for rank in range(self._options.size)]
+        return [(FileIO(f"{name}.out", "w"), FileIO(f"{name}.err", "w")) for name in names]
+
+    def _start(self, logs: list[tuple[FileIO, FileIO]]) -> None:
+        command, size = self._options.command, self._options.size
+        shared = environment(os.environ, self._options.environment, size)
+        tie = tie_to_this_process(self._guard)
+        secret = make_secret_fd()
+        with os.fdopen(secret, "rb"), socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+            self._report(f"{size} ranks of {shlex.join(command)}; coordinator {address}")
+            self._report(f"{cores()} cores; " + ", ".join(f"{name}={shared.get(name, 'unset')}" for name in THREADS))
+            for rank in range(size):
+                told = shared | identity(rank, size, address) | {"RT_JOB_ID": self._job_id, "RT_SECRET_FD": str(secret)}
+                inherited = [secret]
+                if rank == 0:  # it inherits the listening socket: nobody can take its port in between
+                    told["RT_COORDINATOR_FD"] = str(listener.fileno())
+                    inherited.append(listener.fileno())
+                try:
+                    process = spawn(self._options, told, inherited, tie, alone=size == 1)
+                except OSError as error:
+                    self._fail(2, f"cannot start rank {rank}: {command[0]}: {error.strerror}")
+                    return
+                self._ranks.append(Rank(rank, process, self._guard))
+                self._forward(self._ranks[-1], logs)
+        if pipes := {rank.index: rank.process.stdin for rank in self._ranks if rank.process.stdin is not None}:
+            self._input = Input(0, pipes, self._grace, self._say)
+
+    def _forward(self, rank: Rank, logs: list[tuple[FileIO, FileIO]]) -> None:
+        process = rank.process
+        self._report(f"rank {rank.index} is process {process.pid}")
+        prefixed = self._options.prefix == "always" or (self._options.prefix == "auto" and self._options.size > 1)
+        prefix = b"[%d] " % rank.index if prefixed else b""
+        out_log, err_log = logs[rank.index] if logs else (None, None)
+        for pipe, sink, log in ((process.stdout, self._out, out_log), (process.stderr, self._err, err_log)):
+            if pipe is not None:
+                os.set_blocking(pipe.fileno(), False)
+                self._streams.append(Stream(pipe, prefix, sink, pipe.fileno(), log, self._say))
+        if process.stderr is not None:
+            self._errors[rank.index] = self._streams[-1]
+
+    # --- the loop
+
+    def _arm(self) -> None:
+        """Ask for what can be used: sinks that have something to write, pipes whose sink is not too far behind, input there is room for."""
+        for sink in (self._out, self._err):
+            self._want(sink.fd, bool(sink.waiting), select.POLLOUT, sink.write)
+        for stream in self._streams:
+            ready = not stream.pipe.closed and len(stream.sink.waiting) < BACKLOG_BYTES
+            self._want(stream.fd, ready, select.POLLIN, stream.read)
+        if self._input is not None:
+            self._want(self._input.fd, self._input.wanted(), select.POLLIN, self._read_input)
+            for feed in self._input.feeds:
+                self._want(feed.fd, self._input.has_more_for(feed), select.POLLOUT, partial(self._input.write, feed))
+
+    def _want(self, fd: int, wanted: bool, event: int, call: Callable[[], None]) -> None:
+        registered = fd in self._calls
+        if wanted and not registered:
+            self._poll.register(fd, event)
+            self._calls[fd] = call
+        elif registered and not wanted:
+            self._poll.unregister(fd)
+            del self._calls[fd]
+
+    def _read_input(self) -> None:
+        assert self._input is not None
+        if self._input.read():
+            for sink in (self._out, self._err):
+                sink.answered(echoed=self._input.is_terminal and os.isatty(sink.fd))
+
+    def _open_streams(self) -> list[Stream]:
+        return [stream for stream in self._streams if not stream.pipe.closed]
+
+    def _all_ended(self) -> bool:
+        return all(rank.code is not None for rank in self._ranks)
+
+    def _all_quiet(self) -> bool:
+        return all(rank.gone for rank in self._ranks) and not self._open_streams()
+
+    def _patience(self) -> float | None:
+        """Return the seconds to the next deadline, None if there is none."""
+        now = time.monotonic()
+        times = [stream.due for stream in self._streams]
+        times += [self._deadline, self._input.due(now) if self._input else None]
+        if self._plan is None and not self._all_ended():
+            times.append(self._limit)
+        return min((max(0.0, due - now) for due in times if due is not None), default=None)
+
+    def _attend(self, now: float) -> None:
+        """Do what no event calls for: deadlines, unfinished lines, lost outputs, processes left behind."""
+        for stream in self._streams:
+            if stream.due is not None and stream.due <= now:
+                stream.flush()
+        if self._input is not None:
+            self._input.attend(now)
+        if broken := self._out.broken or self._err.broken:
+            gone = broken.errno == errno.EPIPE
+            why = "the reader of our output has gone" if gone else f"cannot write our output: {broken.strerror}"
+            self._fail(128 + signal.SIGPIPE if gone else 1, why)
+        if self._limit is not None and self._limit <= now and not self._all_ended():
+            late = [str(rank.index) for rank in self._ranks if rank.code is None]
+            running = f"rank {late[0]} was" if len(late) == 1 else f"ranks {', '.join(late)} were"
+            self._fail(TIMED_OUT, f"ended by --timeout {self._options.timeout:g}: {running} still running")
+        if self._plan is None and self._all_ended() and not self._all_quiet() and not self._out.waiting and not self._err.waiting:
+            # Helpers of ranks (multiprocessing's resource tracker, tee in a shell) may finish their work, but not for ever.
+            self._end((0, self._grace), (signal.SIGTERM, self._grace), (signal.SIGKILL, self._grace))
+        if self._deadline is not None and self._deadline <= now:
+            self._advance()
+        if self._failed() and all(rank.gone for rank in self._ranks):
+            self._abandoned = True  # who still holds a pipe has left the ranks' groups; the guard will find it
+
+    def _on_signals(self) -> None:
+        for number in set(self._wakeup.recv(4096)):
+            if number == signal.SIGCHLD:
+                self._reap()
+            elif number in _STOP_SIGNALS:
+                self._stop(number)
+
+    def _reap(self) -> None:
+        ended = []
+        by_pid = {rank.process.pid: rank for rank in self._ranks}
+        while (found := wait_for_any()) is not None:
+            pid, status = found
+            if pid in by_pid:  # else the guard, or an orphan of a rank, which came to us because we are its subreaper
+                by_pid[pid].process.returncode = os.waitstatus_to_exitcode(status)
+                ended.append(by_pid[pid])
+        for rank in ended:
+            self._report(rank.describe_end())
+        for rank in self._ranks:
+            if rank.code is not None:
+                rank.signal(0)
+        if failed := [rank for rank in ended if rank.code]:
+            # Several at once: a lost peer makes a rank exit with 1, but never kills it; so look for another cause first.
+            first = min(failed, key=lambda rank: ((rank.code or 0) > 0, rank.code == 1, rank.index))
+            code = first.code or 0
+            self._fail(code if code > 0 else 128 - code, first.describe_end(), first)
+
+    # --- ending
+
+    def _failed(self) -> bool:
+        return self._verdict is not None or self._stopped_by is not None
+
+    def _fail(self, code: int, why: str, culprit: Rank | None = None) -> None:
+        if self._plan is None:
+            self._verdict, self._culprit = (code, why), culprit
+            self._end((signal.SIGTERM, self._grace), (signal.SIGKILL, self._grace))
+
+    def _stop(self, number: int) -> None:
+        """Hand the signal on; a second one, or one while we are ending the ranks already, kills."""
+        if self._plan is not None:
+            self._end((signal.SIGKILL, self._grace))
+            return
+        self._stopped_by = number
+        if number == signal.SIGINT and os.isatty(0) and os.isatty(self._err.fd):
+            self._err.source = None  # the terminal has shown "^C", whatever stood there before
+            self._err.put(self, b"", b"\n", finished=True)
+        self._end((number, self._grace), (signal.SIGKILL, self._grace))
+
+    def _end(self, *plan: tuple[int, float]) -> None:
+        self._plan = list(plan)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Take the next step of the plan; nobody left to signal, or no step left, means that open pipes are not waited for."""
+        if not self._plan or all(rank.gone for rank in self._ranks):
+            self._abandoned = True
+            return
+        number, patience = self._plan.pop(0)
+        for rank in self._ranks:
+            if number == signal.SIGKILL and rank.code is None:
+                self._say(f"killing rank {rank.index} (process {rank.process.pid}), which has not ended")
+            rank.signal(number)
+        self._deadline = time.monotonic() + patience
+
+    def _conclude(self) -> int:
+        """Write what is left, then the verdict, and return the exit code. Nobody is left to be ended: writing may block, Ctrl-C ends us."""
+        self._guard.end(sweep=self._failed())  # after success a process that left its rank's group on purpose, a daemon, may stay
+        for stream in self._open_streams():
+            stream.drain()
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if self._verdict is None and self._stopped_by is not None and any(rank.code for rank in self._ranks):
+            self._verdict = 128 + self._stopped_by, f"stopped by {signal_name(self._stopped_by)}"
+        code, why = self._verdict or (0, "")
+        if self._culprit is not None:
+            self._repeat_errors(self._culprit)
+        if why:
+            self._say(why)
+        for sink in (self._out, self._err):
+            while sink.waiting and self._taken(sink):
+                sink.write()
+        return code or (128 + signal.SIGPIPE if self._out.broken or self._err.broken else 0)
+
+    def _repeat_errors(self, rank: Rank) -> None:
+        """Show what a rank wrote to stderr last, unless that is just above."""
+        stream = self._errors.get(rank.index)
+        lines = stream.tail() if stream is not None else []
+        if stream is None or not lines or self._err.latest is stream:
+            return
+        self._say(f"rank {rank.index} ended its stderr with:")
+        for line in lines:
+            self._err.put(self, stream.prefix, line + b"\n", finished=True)
+
+    def _taken(self, sink: Sink) -> bool:
+        """Wait until a sink takes more: as long as it needs, but not for a reader that sleeps when we were told to stop."""
+        poll = select.poll()
+        poll.register(sink.fd, select.POLLOUT)
+        return bool(poll.poll(None if self._stopped_by is None else self._grace * 1000))
+
+    def _say(self, text: str) -> None:
+        self._err.put(self, b"rt.launch: ", text.encode(errors="surrogateescape") + b"\n", finished=True)
+
+    def _report(self, text: str) -> None:
+        if self._options.verbose:
+            self._say(text)
+
+
+def _wake(number: int, frame: object) -> None:
+    """Handle no signal: the loop reads its number from the wakeup socket."""

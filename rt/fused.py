@@ -1,0 +1,323 @@
+"""Several arrays in one call: small ones travel together, large ones each on their own, all submitted at once.
+
+May live here: which arrays travel together, how they are joined and cut apart, and the work that stands for several. May not: what an
+array is (``arrays``), trees (``gradients``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rt import _fastpath, arrays
+from rt.aio import Work
+from rt.arrays import Array, Wrap
+from rt.dtypes import DType, Op, check_op, code_of
+from rt.group import Call, CoreGroup, hash64
+from rt.schedule import Collective
+
+ALONE_BYTES = 64 * 1024  # an array of so many is not joined with others: copying it would cost about as much as a work
+_BUCKET_BYTES = 1 << 20  # of joined arrays: little enough to stay in the cache between joining and sending
+_LAYOUTS_MOST = 256
+
+Form = tuple[np.dtype[Any], tuple[int, ...]]
+
+
+class Bucket(NamedTuple):
+    """Arrays that travel together, as one.
+
+    Attributes:
+        dtype, code: on the wire.
+        items: of all together.
+        members: their positions in the call's list.
+        cuts: position, place in the joined array, and shape of each; no shape where that is the place's own.
+    """
+
+    dtype: np.dtype[Any]
+    code: DType
+    items: int
+    members: list[int]
+    cuts: list[tuple[int, slice, tuple[int, ...] | None]]
+
+
+class Layout:
+    """How a list of arrays travels.
+
+    A bucket takes arrays of its dtype, in order, until it holds at least ``bucket_bytes``; the array that crosses the line is included.
+
+    Args:
+        forms: dtype and shape of each array.
+        wire: dtype to communicate in; None: each its own.
+        bucket_bytes: 0 or less: every array alone.
+        alone_bytes: arrays of at least so many are never joined; None: all may be.
+
+    Attributes:
+        tag: in the signature of all its works: a rank that passes another list is found out.
+        codes: of the dtypes of the arrays.
+    """
+
+    def __init__(self, forms: Sequence[Form], wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None) -> None:
+        self.codes = {code_of(dtype) for dtype in dict.fromkeys(dtype for dtype, _ in forms)}
+        self.tag = hash64("list", *(f"{dtype.name}{shape}" for dtype, shape in forms))
+        self.back = None if wire is None else [dtype for dtype, _ in forms]
+        self.buckets: list[Bucket] = []
+        gathering: dict[Any, tuple[list[int], int]] = {}
+        found: list[tuple[np.dtype[Any], list[int]]] = []
+        for index, (own, shape) in enumerate(forms):
+            dtype = wire or own
+            nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            alone = bucket_bytes <= 0 or (alone_bytes is not None and nbytes >= alone_bytes)
+            members, filled = gathering.pop(dtype, ([], 0)) if not alone else ([], 0)
+            if not members:
+                found.append((dtype, members))
+            members.append(index)
+            if not alone and filled + nbytes < bucket_bytes:
+                gathering[dtype] = members, filled + nbytes
+        for dtype, members in found:
+            self.buckets.append(_bucket(dtype, members, forms))
+
+    def cut(self, results: Sequence[Array]) -> list[Array]:
+        """Return the result of each array, from those of the buckets."""
+        pieces: list[Any] = [None] * sum(len(bucket.members) for bucket in self.buckets)
+        for bucket, result in zip(self.buckets, results, strict=True):
+            if len(bucket.members) == 1:
+                pieces[bucket.members[0]] = result
+                continue
+            for index, place, shape in bucket.cuts:
+                pieces[index] = result[place] if shape is None else result[place].reshape(shape)
+        if self.back is not None:
+            return [piece.astype(dtype, copy=False) for piece, dtype in zip(pieces, self.back, strict=True)]
+        return pieces
+
+
+def _bucket(dtype: np.dtype[Any], members: list[int], forms: Sequence[Form]) -> Bucket:
+    cuts, at = [], 0
+    for index in members:
+        shape = forms[index][1]
+        items = int(np.prod(shape, dtype=np.int64))
+        cuts.append((index, slice(at, at + items), None if len(shape) == 1 else shape))
+        at += items
+    return Bucket(dtype, code_of(dtype), at, members, cuts)
+
+
+_layouts: dict[Any, Layout] = {}
+
+
+def layout_of(items: Sequence[Array], wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None) -> Layout:
+    """Return the layout of such a list, made once."""
+    key = (tuple([(each.dtype, each.shape) for each in items]), wire, bucket_bytes, alone_bytes)
+    found = _layouts.get(key)
+    if found is None:
+        found = Layout(key[0], wire, bucket_bytes, alone_bytes)
+        if len(_layouts) >= _LAYOUTS_MOST:
+            _layouts.clear()
+        _layouts[key] = found
+    return found
+
+
+class Views(NamedTuple):
+    """The arrays of a list, and what makes results of their kind (None: all are NumPy arrays)."""
+
+    items: list[Array]
+    wraps: dict[int, Wrap]
+
+    def hand_out(self, pieces: list[Array]) -> list[Any]:
+        """Return results as arrays of the kinds that were passed."""
+        results: list[Any] = pieces
+        for index, wrap in self.wraps.items():
+            results[index] = wrap(pieces[index])
+        return results
+
+
+def views(xs: Sequence[Any], what: str, numbers: bool) -> Views:
+    """Return the memory of every array of a list.
+
+    Args:
+        numbers: whether Python's and NumPy's numbers may be among them.
+    """
+    items, wraps = list(xs), {}
+    for index, x in enumerate(items):
+        if type(x) is not np.ndarray:
+            where = f"{what}: item {index}"
+            if not numbers and isinstance(x, arrays.SCALARS):
+                raise TypeError(f"{where}: expected a list of arrays, got a list with a {type(x).__name__}; use numpy.array(...) first")
+            items[index], wrap, _ = arrays.view(x, where)
+            if wrap is not None:
+                wraps[index] = wrap
+    return Views(items, wraps)
+
+
+class Works(Work):
+    """Several works of one call, which ends when all have. Awaited, cancelled and timed out like one.
+
+    Attributes:
+        parts: in the order in which they were submitted.
+        given_back: the caller's memory is the caller's again, ``out`` included.
+    """
+
+    def __init__(self, parts: list[Work], about: str) -> None:
+        super().__init__(parts[0].group, parts[0].what, about)
+        self.parts = parts
+        self.given_back = False
+        self._flying = parts[::-1]
+        self._watch()
+
+    def _watch(self) -> None:
+        """Wait for one part after the other, so that it costs each part one waiter."""
+        while self._flying:
+            if self._flying[-1].add_waiter(self._watch):
+                return
+            self._flying.pop()
+        failed = next((part for part in self.parts if part.state == _fastpath.FAILED), None)
+        if failed is None:
+            self.finish(self.parts)
+            return
+        part, error = failed, failed.error
+        assert error is not None
+        self.fail(lambda _: error(part))
+
+    def pending(self) -> Work:
+        """Return the first part in flight."""
+        return next((part for part in self.parts if part.state == _fastpath.FLYING), self.parts[-1])
+
+    def describe(self) -> str:
+        """Return ``all_sum #3 to #5 (200 arrays)``."""
+        first, last = self.parts[0].sequence, self.parts[-1].sequence
+        return f"{self.what} #{first} to #{last} ({self.about})" if first != last else f"{self.what} #{first} ({self.about})"
+
+    def _give_back(self) -> Generator[None, None, None]:
+        self.given_back = True
+        for part in self.parts:
+            yield from part._give_back()
+
+
+def start(
+    group: CoreGroup, layout: Layout, items: Sequence[Array], op: Op, what: str, targets: Sequence[Array] | None = None
+) -> list[Work]:
+    """Submit the works of a list, joining each bucket only then: the first travel while the next are copied.
+
+    Args:
+        targets: per array where its result goes if it travels alone; None: to memory of ours.
+    """
+    works = []
+    for bucket in layout.buckets:
+        work = Work(group)
+        alias: tuple[int, int] | None = (0, 0)
+        shape: tuple[int, ...] = (bucket.items,)
+        if len(bucket.members) == 1:
+            index = bucket.members[0]
+            mine, given = items[index], None if targets is None else targets[index]
+            shape = mine.shape
+            source = arrays.contiguous(mine.astype(bucket.dtype, copy=False))
+            work.borrows_source, work.borrows_target = source is mine, given is not None
+            target = given if given is not None else np.empty(shape, bucket.dtype) if work.borrows_source else source
+            alias = (0, 0) if target.ctypes.data == source.ctypes.data else None  # no other overlap has come so far
+        else:
+            parts = [items[index] if shape is None else items[index].reshape(-1) for index, _, shape in bucket.cuts]
+            source = target = np.concatenate(parts, dtype=bucket.dtype, casting="unsafe") if parts else np.empty(0, bucket.dtype)
+        work.result = target
+        call = Call(Collective.ALL_REDUCE, bucket.code, op, shape, bucket.items, tag=layout.tag, alias=alias)
+        group.submit(what, call, source, target, work)
+        works.append(work)
+    return works
+
+
+def hold(works: list[Work], about: str, finish: Callable[[list[Array]], Any], given_back: Callable[[], Any] | None = None) -> Work:
+    """Return one work that stands for several and hands out what ``finish`` makes of their results.
+
+    Args:
+        given_back: what ``finish`` is to be replaced by where the caller's memory was given back; None: ``finish`` writes to none.
+    """
+    if len(works) == 1 and given_back is None:
+        works[0].hand_out = lambda result: finish([result])
+        return works[0]
+    whole = Works(works, about)
+
+    def hand_out(parts: list[Work]) -> Any:
+        return given_back() if whole.given_back and given_back is not None else finish([part.outcome() for part in parts])
+
+    whole.hand_out = hand_out
+    return whole
+
+
+def all_reduce(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str) -> Work:
+    """Start an all-reduce of every array of a list; the result is a list of their results.
+
+    Raises:
+        TypeError: an item is no array, has a dtype that ``op`` is not defined on, or ``out`` is no list.
+        ValueError: ``out`` does not fit: its length, an item of it, or memory that it shares with anything but the same item of ``xs``.
+    """
+    given = views(xs, what, numbers=False)
+    outs = None if out is None else _outs(out, given.items, what)
+    # A list of nothing is a call as any other, to be compared with those of the other ranks.
+    layout = layout_of(given.items or [_NOTHING], None, _BUCKET_BYTES, ALONE_BYTES)
+    for code in layout.codes:
+        check_op(code, op, what)
+    if group.size == 1:
+        work = Work(group)
+        for x, target in zip(given.items, outs or (), strict=outs is not None):
+            np.copyto(target, x)
+        itself = [x if isinstance(x, np.ndarray) or i in given.wraps else given.items[i] for i, x in enumerate(xs)]
+        work.finish(itself if out is None else list(out))
+        return work
+    works = start(group, layout, given.items or [_NOTHING], op, what, outs)
+    about = f"{len(xs)} arrays"
+    if outs is None:
+        return hold(works, about, lambda results: given.hand_out(layout.cut(results)[: len(xs)]))
+    answer = list(out)
+
+    def write(results: list[Array]) -> list[Any]:
+        for piece, target in zip(layout.cut(results), outs, strict=False):
+            if piece is not target:
+                np.copyto(target, piece)
+        return answer
+
+    return hold(works, about, write, lambda: answer)
+
+
+_NOTHING = np.empty(0, np.uint8)
+
+
+def _outs(out: Any, items: Sequence[Array], what: str) -> list[Array]:
+    """Return the memory of ``out=`` of a list."""
+    if not isinstance(out, (list, tuple)):
+        raise TypeError(f"{what}: out of a list must be a list of arrays, not {type(out).__name__}")
+    if len(out) != len(items):
+        raise ValueError(f"{what}: out must be a list of {len(items)} arrays, but has {len(out)}")
+    outs = [arrays.written(each, x.shape, x.dtype, f"{what}: item {i}") for i, (each, x) in enumerate(zip(out, items, strict=True))]
+    _check_overlaps(items, outs, what)
+    return outs
+
+
+def _check_overlaps(items: Sequence[Array], outs: Sequence[Array], what: str) -> None:
+    """Refuse an out that shares memory with another, or with an array that is not the one at its own place and all of it."""
+    spans = []  # where each begins and ends, its place, and whether it is an out
+    for index, (x, out) in enumerate(zip(items, outs, strict=True)):
+        begin, end = _bounds(out)
+        spans.append((begin, end, index, True))
+        if _bounds(x) != (begin, end) or x.strides != out.strides:
+            spans.append((*_bounds(x), index, False))
+    spans = sorted(span for span in spans if span[0] < span[1])
+    ends = {True: (0, -1), False: (0, -1)}  # the furthest end so far, and whose
+    for begin, end, index, writes in spans:
+        for kind in (True, False) if writes else (True,):
+            if ends[kind][0] > begin:
+                raise ValueError(
+                    f"{what}: out at item {index if writes else ends[kind][1]} overlaps item {ends[kind][1] if writes else index}; each "
+                    "may be the array at its own place, or share no memory with any"
+                )
+        ends[writes] = max(ends[writes], (end, index))
+
+
+def _bounds(items: Array) -> tuple[int, int]:
+    """Return the addresses of the first byte of an array and behind its last."""
+    begin = end = items.ctypes.data
+    if items.flags.c_contiguous:
+        return begin, begin + items.nbytes
+    if items.size:
+        for side, stride in zip(items.shape, items.strides, strict=True):
+            begin, end = begin + min(0, (side - 1) * stride), end + max(0, (side - 1) * stride)
+        end += items.itemsize
+    return begin, end

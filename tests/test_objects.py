@@ -1,0 +1,564 @@
+"""Python objects between ranks: any size, without copies, in call order, through cancellation, and what is refused.
+
+May live here: the object calls over real processes, under every front end. May not: arrays as such (``test_collectives``), signatures of
+the calls (``test_api``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import pickle
+import random
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+
+import rt.sync
+from rt.objects import HEADER_BYTES, OUT_OF_BAND_BYTES, Message
+
+fronts = pytest.mark.parametrize("front", ranks.FRONTS)
+loops = pytest.mark.parametrize("front", ranks.FRONTS[1:])
+Array = np.ndarray[Any, Any]
+
+# Around what fits into a header (the counts and the pickle's own words take some of it), and around what goes out of band.
+BYTES = (
+    *(0, 1, 500), *range(HEADER_BYTES - 80, HEADER_BYTES + 20, 7), OUT_OF_BAND_BYTES - 1, OUT_OF_BAND_BYTES, OUT_OF_BAND_BYTES + 1,
+    300_001, 4 << 20,
+)  # fmt: skip
+LARGE_BYTES = 64 << 20
+
+
+_PERIOD = 251
+_base = np.arange(_PERIOD, dtype=np.uint8)
+
+
+def pattern(nbytes: int, seed: int) -> Array:
+    """Bytes that tell where they come from: no power of two is a multiple of their period."""
+    global _base
+    if len(_base) < nbytes + _PERIOD:
+        _base = np.resize(_base[:_PERIOD], 2 * nbytes + _PERIOD)
+    return _base[seed % _PERIOD : seed % _PERIOD + nbytes].copy()
+
+
+def nested(nbytes: int, seed: int) -> dict[str, Any]:
+    """An object with arrays at several depths, in band and out of band, C and Fortran order, writable and not, and one met twice."""
+    fixed = pattern(nbytes, seed)
+    fixed.flags.writeable = False
+    twice = pattern(nbytes, seed + 1)
+    return {
+        "text": "x" * (nbytes % 9000),
+        "list": [fixed, (twice, [twice])],
+        "fortran": np.asfortranarray(pattern(nbytes // 8 * 8, seed + 2).reshape(8, -1)),
+        "strided": pattern(nbytes, seed + 3)[::2],
+        "bytes": pattern(nbytes, seed + 4).tobytes(),
+        "seed": seed,
+    }
+
+
+def check_nested(found: Any, nbytes: int, seed: int) -> None:
+    expected = nested(nbytes, seed)
+    assert list(found) == list(expected) and found["text"] == expected["text"] and found["seed"] == seed
+    assert found["bytes"] == expected["bytes"]
+    for name in ("fortran", "strided"):
+        assert np.array_equal(found[name], expected[name])
+    fixed, (twice, [again]) = found["list"]
+    assert np.array_equal(fixed, expected["list"][0]) and np.array_equal(twice, expected["list"][1][0]) and again is twice
+    assert found["fortran"].flags.f_contiguous
+
+
+# ---- what arrives ---------------------------------------------------------------------------------------------------------------------
+
+
+async def every_call(rt: Any, group: Any, ctl: ranks.Ctl, sizes: tuple[int, ...]) -> None:
+    rank, size = group.rank(), group.size()
+    for number, nbytes in enumerate(sizes):
+        root = number % size
+        mine = pattern(nbytes, rank)
+        found = await rt.broadcast_object(mine if rank == root else None, root)
+        assert np.array_equal(found, pattern(nbytes, root)) and (found is mine) == (rank == root)
+        listed = await group.gather_objects(mine, root)
+        assert (listed is None) == (rank != root)
+        everything = await rt.all_gather_objects(mine)
+        for each in (listed, everything):
+            if each is not None:
+                assert len(each) == size and each[rank] is mine
+                assert all(np.array_equal(one, pattern(nbytes, r)) for r, one in enumerate(each))
+        if rank == 0:
+            assert await group.send_object(mine, size - 1, tag=number) is mine
+        elif rank == size - 1:
+            assert np.array_equal(await group.recv_object(0, tag=number), pattern(nbytes, 0))
+    for nbytes in (10, 5000, OUT_OF_BAND_BYTES, 1 << 20):
+        for seed, one in enumerate(await rt.all_gather_objects(nested(nbytes, rank))):
+            check_nested(one, nbytes, seed)
+    for strange in (None, "", 17, [], {1: {2: {3}}}, ValueError("an error is an object"), np.float32(3)):
+        for one in await rt.all_gather_objects(strange if rank else "another"):
+            assert one == "another" or repr(one) == repr(strange)
+
+
+@fronts
+@pytest.mark.parametrize("size", [2, 3])
+def test_objects_of_any_size_arrive(size: int, front: str) -> None:
+    ranks.results(size, every_call, front=front, args=(BYTES,), timeout=60)
+
+
+async def one_large(rt: Any, group: Any, ctl: ranks.Ctl) -> None:
+    mine = pattern(LARGE_BYTES, group.rank())
+    assert np.array_equal(await rt.broadcast_object(mine, 1), pattern(LARGE_BYTES, 1))
+    found = await (rt.send_object(mine, 1) if group.rank() == 0 else rt.recv_object(0))
+    assert np.array_equal(found, pattern(LARGE_BYTES, 0))
+
+
+@fronts
+def test_large_objects_arrive(front: str) -> None:
+    ranks.results(2, one_large, front=front)
+
+
+async def many_buffers(rt: Any, group: Any, ctl: ranks.Ctl, count: int) -> None:
+    """More buffers than the header has room for sizes."""
+    def arrays(seed: int) -> list[Array]:
+        return [np.full(OUT_OF_BAND_BYTES + i % 3, (i + seed) % 251, np.uint8) for i in range(count)]
+
+    found = [*await rt.all_gather_objects(arrays(group.rank())), await rt.broadcast_object(arrays(9) if group.rank() == 1 else None, 1)]
+    listed = await rt.gather_objects(arrays(group.rank()))
+    found += listed or []
+    for seed, one in zip((0, 1, 9, 0, 1), found, strict=False):
+        assert all(np.array_equal(a, b) for a, b in zip(one, arrays(seed), strict=True))
+
+
+@pytest.mark.parametrize("front", ["sync", "uvloop"])
+def test_an_object_of_very_many_buffers(front: str) -> None:
+    ranks.results(2, many_buffers, front=front, args=(HEADER_BYTES // 8 + 1,))
+
+
+def test_an_object_in_a_group_of_one_is_returned() -> None:
+    thing = object()  # cannot even be pickled
+    assert rt.sync.broadcast_object(thing) is thing
+    assert rt.sync.gather_objects(thing) == [thing] == rt.sync.all_gather_objects(thing)
+    with pytest.raises(ValueError, match="Cannot send to a singleton group"):
+        rt.sync.send_object(thing, 0)
+    with pytest.raises(ValueError, match="Cannot recv from a singleton group"):
+        rt.sync.recv_object(0)
+    with pytest.raises(ValueError, match="Invalid root=1"):
+        rt.sync.broadcast_object(thing, 1)
+
+
+# ---- without copies -------------------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """Gives one buffer out of band and keeps what it is rebuilt from: on both sides the very memory that is sent or was received."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.buffer = buffer
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Memory, (pickle.PickleBuffer(self.buffer),)
+
+
+def address(buffer: Any) -> int:
+    return np.frombuffer(buffer, np.uint8).ctypes.data
+
+
+def test_buffers_are_sent_from_where_they_lie_and_stay_where_they_land() -> None:
+    array = np.zeros(OUT_OF_BAND_BYTES, np.uint8)
+    sent = Message.of([Memory(array), Memory(bytes(OUT_OF_BAND_BYTES)), np.zeros(OUT_OF_BAND_BYTES - 1, np.uint8)])
+    assert address(sent.buffers[0]) == address(array) and len(sent.buffers) == 2
+    received = Message.arriving(sent.header)
+    assert not received.first and len(sent.rest()) == 3, "the third array went into the pickle, which therefore follows"
+    received.allocate()
+    for mine, theirs in zip(received.rest(), sent.rest(), strict=True):
+        mine[:] = theirs
+    writable, fixed, small = received.load()
+    assert address(writable.buffer) == address(received.buffers[0]) and address(fixed.buffer) == address(received.buffers[1])
+    assert memoryview(fixed.buffer).readonly and not memoryview(writable.buffer).readonly and small.flags.writeable
+
+
+async def keep_memory(rt: Any, group: Any, ctl: ranks.Ctl) -> int:
+    """What an object of one large array costs in memory, beyond the array: bytes at the peak."""
+    nbytes = LARGE_BYTES
+    await rt.broadcast_object(np.ones(100_000) if group.rank() == 0 else None)
+    thing = np.ones(nbytes, np.uint8) if group.rank() == 0 else None
+    await rt.barrier()
+    gc.collect()
+    before = peak_bytes()
+    thing = await rt.broadcast_object(thing)
+    assert int(thing.sum()) == nbytes and thing.flags.writeable
+    return peak_bytes() - before - (nbytes if group.rank() else 0)
+
+
+def peak_bytes() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of a process' memory is read from Linux' /proc")
+@pytest.mark.parametrize("front", ["sync", "asyncio"])
+def test_no_side_holds_a_copy(front: str) -> None:
+    for extra in ranks.results(2, keep_memory, front=front):
+        assert extra < LARGE_BYTES // 4
+
+
+# ---- order ----------------------------------------------------------------------------------------------------------------------------
+
+
+async def in_call_order(rt: Any, group: Any, ctl: ranks.Ctl, seed: int) -> None:
+    """Objects of all sizes and ordinary collectives, twelve calls in flight at a time (where there is a loop), awaited in any order."""
+    common, dice = random.Random(seed), random.Random(f"{seed} {group.rank()}")
+    rank, size = group.rank(), group.size()
+    for _ in range(20):
+        calls = []
+        for number in range(12):
+            nbytes = common.choice((0, 100, 5000, 70_000, 1 << 20))
+            root, kind = common.randrange(size), common.choice(("broadcast", "gather", "all_gather", "array", "p2p", "p2p array"))
+            mine = (number, rank, pattern(nbytes, number + rank))
+            if kind == "broadcast":
+                expected, work = (number, root), rt.broadcast_object(mine if rank == root else None, root)
+            elif kind == "gather":
+                expected, work = [(number, r) for r in range(size)] if rank == root else None, rt.gather_objects(mine, root)
+            elif kind == "all_gather":
+                expected, work = [(number, r) for r in range(size)], rt.all_gather_objects(mine)
+            elif kind == "array":
+                expected, work = float(size * number), rt.all_sum(np.full(nbytes // 8 + 1, float(number)))
+            elif rank == root:
+                expected = "sent"
+                to = (root + 1) % size
+                work = rt.send_object(mine, to) if kind == "p2p" else rt.send(np.full(nbytes // 8 + 1, float(number)), to)
+            elif rank == (root + 1) % size:
+                expected = (number, root) if kind == "p2p" else float(number)
+                work = rt.recv_object(root) if kind == "p2p" else rt.recv((nbytes // 8 + 1,), np.float64, root)
+            else:
+                continue
+            calls.append((expected, work, nbytes))
+        dice.shuffle(calls)
+        for expected, work, nbytes in calls:
+            check_call(expected, await work, nbytes)
+
+
+def check_call(expected: Any, found: Any, nbytes: int) -> None:
+    if isinstance(expected, list):
+        for one, single in zip(expected, found, strict=True):
+            check_call(one, single, nbytes)
+    elif isinstance(expected, tuple):
+        assert (found[0], found[1]) == expected and np.array_equal(found[2], pattern(nbytes, sum(expected)))
+    elif isinstance(expected, float):
+        assert (found == expected).all()
+    elif expected is None:
+        assert found is None
+
+
+@fronts
+@pytest.mark.parametrize("size", [2, 3])
+def test_objects_and_arrays_in_flight_together(size: int, front: str) -> None:
+    ranks.results(size, in_call_order, front=front, args=(size,), timeout=60)
+
+
+async def a_hundred(rt: Any, group: Any, ctl: ranks.Ctl) -> None:
+    size = group.size()
+    works = [rt.broadcast_object(("number", i, pattern((i % 5) * 40_000, i)), i % size) for i in range(100)]
+    for i, (name, number, array) in enumerate(await asyncio.gather(*works)):
+        assert (name, number) == ("number", i) and np.array_equal(array, pattern((i % 5) * 40_000, i))
+
+
+@loops
+def test_a_hundred_objects_at_once(front: str) -> None:
+    ranks.results(3, a_hundred, front=front)
+
+
+async def two_threads(rt: Any, group: Any, ctl: ranks.Ctl) -> None:
+    """Objects from the loop and, blocking, from another thread at the same time, on two groups."""
+    import rt.sync as blocking
+
+    other = await group.split(0)
+
+    def in_thread() -> None:
+        for i in range(50):
+            thing = blocking.broadcast_object(pattern(100_000, i), i % 2, group=other)
+            assert np.array_equal(thing, pattern(100_000, i))
+
+    ended = asyncio.get_running_loop().run_in_executor(None, in_thread)
+    for i in range(50):
+        assert np.array_equal(await rt.broadcast_object(pattern(100_000, i + 1), i % 2), pattern(100_000, i + 1))
+    await ended
+
+
+@loops
+def test_objects_of_a_loop_and_a_thread(front: str) -> None:
+    ranks.results(2, two_threads, front=front)
+
+
+# ---- cancelling -----------------------------------------------------------------------------------------------------------------------
+
+
+async def long_run(rt: Any, group: Any, ctl: ranks.Ctl, steps: int) -> tuple[int, int]:
+    """Some calls in flight; some awaits cancelled at some time, and their arrays overwritten at once. Returns (right, cancelled)."""
+    common, dice = random.Random(1), random.Random(group.rank())
+    rank, size = group.rank(), group.size()
+    right = cancelled = 0
+    for first in range(0, steps, 4):
+        calls = []
+        for number in range(first, first + 4):
+            nbytes = common.choice((10, 3000, 6000, 70_000, 1 << 20, 3 << 20))
+            mine = pattern(nbytes, number + rank)
+            root = common.randrange(size)
+            kind = common.choice(("broadcast", "gather", "all_gather", "p2p"))
+            if kind == "broadcast":
+                work, seeds = rt.broadcast_object(mine if rank == root else None, root), [number + root]
+            elif kind == "p2p":
+                peer = (root + 1) % size
+                seeds = [number + root]
+                if rank not in (root, peer):
+                    continue
+                work = rt.send_object(mine, peer) if rank == root else rt.recv_object(root)
+            else:
+                work = rt.gather_objects(mine, root) if kind == "gather" else rt.all_gather_objects(mine)
+                seeds = [number + r for r in range(size)] if kind == "all_gather" or rank == root else []
+            calls.append((work, seeds, nbytes, mine))
+        for work, seeds, nbytes, mine in calls:
+            try:
+                async with asyncio.timeout(dice.choice((None, None, 0, 1e-4, 1e-3))):
+                    found = await work
+            except TimeoutError:
+                mine.fill(0)
+                cancelled += 1
+                continue
+            for seed, one in zip(seeds, found if len(seeds) > 1 else [found], strict=True) if seeds else ():
+                assert np.array_equal(one, pattern(nbytes, seed))
+            right += 1
+    await rt.barrier()
+    return right, cancelled
+
+
+@loops
+@pytest.mark.parametrize("size", [2, 3])
+def test_500_steps_with_many_awaits_cancelled(size: int, front: str) -> None:
+    for right, cancelled in ranks.results(size, long_run, front=front, args=(500,), timeout=90):
+        assert right > 50 and cancelled > 50
+
+
+async def cancel_before_the_body(rt: Any, group: Any, ctl: ranks.Ctl) -> Any:
+    """Rank 0 calls and is cancelled before rank 1 comes, so that only its header can have gone; then it overwrites the arrays."""
+    arrays = [np.full(1 << 20, 5, np.uint8), np.full(OUT_OF_BAND_BYTES, 6, np.uint8)]
+    found = None
+    for kind in ("broadcast", "send", "gather"):
+        if group.rank() == 0:
+            things = [array.copy() for array in arrays]
+            calls = {"broadcast": rt.broadcast_object, "send": lambda x: rt.send_object(x, 1), "gather": lambda x: rt.gather_objects(x, 1)}
+            task = asyncio.ensure_future(as_coroutine(calls[kind](things)))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            for thing in things:
+                thing.fill(0)
+            ctl.tell("cancelled")
+        else:
+            ctl.hear()
+            call = {"broadcast": lambda: rt.broadcast_object(None), "send": lambda: rt.recv_object(0)}
+            found = (await rt.gather_objects(None, 1))[0] if kind == "gather" else await call[kind]()
+            assert all(np.array_equal(a, b) for a, b in zip(found, arrays, strict=True))
+    await rt.barrier()
+
+
+async def as_coroutine(awaitable: Any) -> Any:
+    return await awaitable
+
+
+@loops
+def test_a_call_cancelled_between_header_and_body_still_moves_its_body(front: str) -> None:
+    with ranks.Ranks(2, cancel_before_the_body, front=front) as world:
+        for _ in range(3):
+            world.hear(0)
+            world.tell(1, "go on")
+        outcomes = world.wait()
+    assert [outcome.returncode for outcome in outcomes] == [0, 0], "\n".join(map(str, outcomes))
+
+
+async def never_awaited(rt: Any, group: Any, ctl: ranks.Ctl) -> None:
+    """The call counts, awaited or not; who awaits later, or again, gets its result."""
+    works = [rt.broadcast_object(pattern(1 << 20, i), 0) for i in range(3)]
+    works[0] = None
+    gc.collect()
+    second = await works[1]
+    assert np.array_equal(second, pattern(1 << 20, 1)) and await works[1] is second
+    await rt.barrier()
+    assert "done" in repr(works[2]) and "broadcast_object #2" in repr(works[2])
+
+
+@loops
+def test_a_call_that_is_not_awaited_counts(front: str) -> None:
+    ranks.results(2, never_awaited, front=front)
+
+
+async def before_init(rt: Any, group: Any, ctl: ranks.Ctl) -> None:
+    found = await ranks.in_order([rt.broadcast_object(("early", np.ones(100_000)), 0), rt.all_gather_objects(7)])
+    assert found[0][0] == "early" and found[1] == [7, 7]
+
+
+@fronts
+def test_a_call_before_init_initialises(front: str) -> None:
+    ranks.results(2, before_init, front=front, init=False)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Unpicklable:
+    def __reduce__(self) -> Any:
+        raise RuntimeError("I stay here")
+
+
+class Explosive:
+    """Can be pickled, but not unpickled."""
+
+    def __init__(self, payload: Any = None) -> None:
+        self.payload = payload
+
+    def __reduce__(self) -> Any:
+        return explode, (self.payload,)
+
+
+def explode(payload: Any) -> Any:
+    raise ZeroDivisionError("no such thing here")
+
+
+async def fail_alone(rt: Any, group: Any, ctl: ranks.Ctl) -> None:
+    rank = group.rank()
+    for call in (
+        lambda x: rt.broadcast_object(x, rank), lambda x: rt.gather_objects(x), lambda x: rt.all_gather_objects(x),
+        lambda x: rt.send_object(x, 1 - rank),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="I stay here"):
+            await call(Unpicklable())
+    for payload in (None, np.ones(100_000)):
+        for start in (rt.broadcast_object, rt.all_gather_objects):
+            if rank == 0:
+                await start(Explosive(payload))  # its own object is not unpickled
+            else:
+                with pytest.raises(ZeroDivisionError, match="no such thing here"):
+                    await start(None)
+    assert await rt.all_gather_objects(rank) == [0, 1]
+
+
+@fronts
+def test_what_pickling_raises_concerns_one_call_only(front: str) -> None:
+    ranks.results(2, fail_alone, front=front)
+
+
+def calls_of(rt: Any, group: Any) -> dict[str, tuple[Any, Any, str, str]]:
+    """What rank 0 calls, what rank 1 calls, and the words for both."""
+    x = np.zeros(HEADER_BYTES, np.uint8)
+    return {
+        "send against recv": (lambda g: g.send_object(1, 1), lambda g: g.recv((3,), np.float32, 0), "send/recv_object #0", "float32"),
+        "like a header": (lambda g: g.send_object(1, 1), lambda g: g.recv_like(x, 0), "send/recv_object #0", "uint8"),
+        "array to object": (lambda g: g.send(x, 1), lambda g: g.recv_object(0), "uint8", "send/recv_object #0"),
+        "broadcast": (lambda g: g.broadcast_object(1), lambda g: g.broadcast(x), "broadcast_object #", "broadcast #"),
+        "roots": (lambda g: g.broadcast_object(1), lambda g: g.broadcast_object(1, 1), "broadcast_object #1 root 0", "root 1"),
+        "gathers": (lambda g: g.gather_objects(1), lambda g: g.all_gather_objects(1), "gather_objects #", "all_gather_objects #"),
+        "all_gather": (lambda g: g.all_gather_objects(x), lambda g: g.all_gather(x), "all_gather_objects #", "all_gather #"),
+        "sum": (lambda g: g.broadcast_object(np.ones(1 << 20)), lambda g: g.all_sum(np.ones(9)), "broadcast_object #", "all_reduce #"),
+    }
+
+
+async def disagree(rt_face: Any, world: Any, ctl: ranks.Ctl) -> None:
+    for name, (first, second, said, other) in calls_of(rt_face, world).items():
+        group = await world.split(0)
+        await group.barrier()
+        with pytest.raises(rt.MismatchError) as caught:
+            await (first, second)[world.rank()](group)
+            await group.barrier()
+        text = str(caught.value)
+        assert said in text and other in text, f"{name}: {text}"
+    assert (await world.all_gather_objects("still here"))[1] == "still here"
+
+
+@fronts
+def test_disagreement_is_found(front: str) -> None:
+    ranks.results(2, disagree, front=front)
+
+
+async def wait_in_different_calls(rt_face: Any, group: Any, ctl: ranks.Ctl) -> None:
+    with pytest.raises(rt.MismatchError, match=r"send_object #0 tag 1.*each waits for the other"):
+        await (group.send_object(np.ones(1 << 20), 1, tag=1) if group.rank() == 0 else group.recv_object(0, tag=2))
+
+
+def test_blocked_ranks_that_wait_for_each_other_are_told() -> None:
+    ranks.results(2, wait_in_different_calls, front="sync")
+
+
+async def lose_a_peer(rt_face: Any, group: Any, ctl: ranks.Ctl, how: str) -> Any:
+    if group.rank() == 1:
+        ctl.tell(os.getpid())
+        if how == "body":
+            await group.broadcast_object(pattern(1 << 20, 0), 0)
+        ctl.hear()
+        raise AssertionError("killed by now")
+    thing: Any = np.ones(8 << 20) if how == "body" else None
+    with pytest.raises(rt.PeerLostError) as caught:
+        if how == "body":
+            await group.broadcast_object(pattern(1 << 20, 0), 0)
+            await group.send_object(thing, 1)
+        else:
+            await group.broadcast_object(None, 1)
+    return caught.value.culprit, str(caught.value)
+
+
+@fronts
+@pytest.mark.parametrize("how", ["header", "body"])
+def test_a_peer_that_dies_is_named(how: str, front: str) -> None:
+    with ranks.Ranks(2, lose_a_peer, front=front, args=(how,)) as world:
+        pid = world.hear(1)
+        os.kill(pid, signal.SIGKILL)
+        outcome = world.wait()[0]
+    assert outcome.value is not None, outcome
+    assert outcome.value[0] == 1 and ("_object #" in outcome.value[1])
+
+
+async def time_out(rt_face: Any, group: Any, ctl: ranks.Ctl) -> Any:
+    if group.rank() == 1:
+        ctl.hear()
+        return None
+    began = time.monotonic()
+    with pytest.raises(rt.CollectiveTimeoutError) as caught:
+        await group.broadcast_object(None, 1, timeout=0.2)
+    ctl.tell("timed out")
+    return time.monotonic() - began, caught.value.culprit, str(caught.value)
+
+
+@fronts
+def test_a_timeout_names_who_did_not_call(front: str) -> None:
+    with ranks.Ranks(2, time_out, front=front) as world:
+        world.hear(0)
+        world.tell(1, "end")
+        outcomes = world.wait()
+    assert outcomes[0].value is not None, outcomes[0]
+    seconds, culprit, text = outcomes[0].value
+    assert seconds >= 0.2 and culprit == 1 and "broadcast_object #0" in text and "which did not call" in text
+
+
+async def refuse(rt_face: Any, group: Any, ctl: ranks.Ctl) -> list[str]:
+    texts = []
+    for call in (
+        lambda: group.send_object(1, 1 - group.rank()), lambda: group.recv_object(1 - group.rank()), lambda: group.broadcast_object(1),
+        lambda: group.gather_objects(1), lambda: group.all_gather_objects(1),
+    ):  # fmt: skip
+        with pytest.raises(rt.ConfigError) as caught:
+            await call()
+        texts.append(str(caught.value))
+    await group.barrier()
+    return texts
+
+
+async def trust(rt_face: Any, group: Any, ctl: ranks.Ctl) -> Any:
+    return await group.all_gather_objects(group.rank())
+
+
+def test_objects_of_strangers_are_refused() -> None:
+    for texts in ranks.results(2, refuse, env={"RT_SECRET": None, "RT_INSECURE": "1"}):
+        assert all("RT_SECRET_FILE" in text and "RT_INSECURE_OBJECTS=1" in text for text in texts)
+    assert ranks.results(2, trust, env={"RT_SECRET": None, "RT_INSECURE": "1", "RT_INSECURE_OBJECTS": "1"}) == [[0, 1]] * 2
