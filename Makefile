@@ -34,10 +34,8 @@ peers: .venv-peers/.stamp  ## torch (gloo), MLX and MPI, to measure against
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -q -r bench/peers.txt
 	touch $@
-
 results: .stamp-build peers  ## measure, then write README's table and docs/all_reduce.png
 	$(BIN)/python -m bench.readme README.md docs/all_reduce.png
-
 wheel: .stamp-build  ## a wheel to copy to hosts without a compiler
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
 

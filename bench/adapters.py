@@ -22,7 +22,7 @@ import numpy as np
 
 from bench.collectives import Bind, Bound, Buffers
 from bench.data import Array
-from bench.worker import loop_factory
+from bench.worker import Answer, loop_factory
 
 Prepare = Callable[[int], None]
 
@@ -45,8 +45,8 @@ class Adapter:
         """Return how this rank reaches each other one, where the system tells."""
         return {}
 
-    def algorithm(self) -> str | None:
-        """Return the name of the algorithm of the last call, where the system tells."""
+    def algorithm(self, command: Answer) -> str | None:
+        """Return the name of the algorithm by which it did what a command asked for, where the system tells."""
         return None
 
     def barrier(self) -> Any:
@@ -84,8 +84,10 @@ class _Rt(Adapter):
         world = self._group._core.world
         return {} if world is None else world.links()
 
-    def algorithm(self) -> str | None:
-        name: str | None = self._group._core.newest_algorithm()
+    def algorithm(self, command: Answer) -> str | None:
+        kind = "send" if command["collective"] == "send_recv" else command["collective"]
+        dtype = "uint8" if kind == "barrier" else command["dtype"]  # of the nothing that barriers send
+        name: str | None = self._group._core.algorithm(kind, dtype, command["count"])
         return name
 
     def bind(self, bind: Bind, buffers: Buffers) -> Bound:
@@ -265,3 +267,4 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "mlx": Mlx,
     "tcp": Tcp,
 }
+PEERS = ("gloo", "mlx", "nospin", "tcp")  # the last two are no systems but what ours are held against

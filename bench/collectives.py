@@ -267,7 +267,6 @@ COLLECTIVES = {
             "send_recv", "sendrecv_perf", "Ring Exchange", (False, False), _one,
             lambda rank, data: data.of((rank - 1) % data.size), "sendrecv",
             {"rt": _rt_send_recv, "gloo": _gloo_send_recv},
-            in_place=(),
         ),
         Collective(
             "barrier", "barrier_perf", "Barrier", (False, False), _one,

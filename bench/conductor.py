@@ -22,7 +22,6 @@ from typing import IO, Any
 
 from bench.meeting import BenchError, Meeting, meet
 
-PEERS = ("gloo", "mlx", "nospin", "tcp")  # the last two are no systems but what ours are held against
 RANK = ("-m", "bench.rank")
 PROBE = ("-m", "bench.probe")
 _ANSWER_SECONDS = 180.0

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench import measure, report
+from bench.adapters import PEERS
 from bench.collectives import COLLECTIVES, Collective
-from bench.conductor import PEERS
 from bench.data import DTYPES, OPS
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}

@@ -36,7 +36,7 @@ def draw(result: Result, path: Path) -> None:
                 axes.plot(sizes, times, style, marker=marks[name], markersize=4, label=label, color=f"C{options.systems.index(name)}")
     if options.collective.moves:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=14))
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: binary(value)))
     axes.set_yscale("log")

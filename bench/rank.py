@@ -57,7 +57,7 @@ def measure(adapter: Adapter, command: Answer) -> Answer:
     if command["check"] and adapter.reduces:
         gets = not collective.at_root or rank == root
         wrong = count_wrong(adapter.result(returned, out), collective.expected(rank, data)) if gets and collective.moves else 0
-    return {"ns": spent[command["warmup"] :], "wrong": wrong, "algorithm": adapter.algorithm()}
+    return {"ns": spent[command["warmup"] :], "wrong": wrong, "algorithm": adapter.algorithm(command)}
 
 
 def count_wrong(result: Array, expected: Array) -> int:

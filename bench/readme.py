@@ -6,6 +6,7 @@ May live here: that table and where it goes. May not: measuring. Run as ``python
 from __future__ import annotations
 
 import sys
+import textwrap
 from datetime import date
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from bench import host, local, plot
 from bench.collectives import COLLECTIVES
 from bench.measure import Options, Result
 
+_WIDTH = 140
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -23,7 +25,13 @@ def section(results: list[Result], picture: str) -> str:
     for result in results:
         for greetings in result.greetings.values():
             versions.update(greetings[0]["uses"])
-    uses = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if name != "loop")
+    uses = ", ".join(version if name == "loop" else f"{name} {version}" for name, version in sorted(versions.items()))
+    kernel = ".".join(facts["kernel"].split(".")[:2])
+    about = (
+        "`all_reduce` of float32 over TCP on loopback, out of place with `out=`, median us. "
+        f"{facts['cores']} cores ({facts['cpu']}), {kernel}; {uses}; load average {facts['load']}; {date.today().isoformat()}. "
+        "A ratio is the peer's time over ours, in turns in one run."
+    )
     titles, columns = [], []
     for result in results:
         for position, name in enumerate(result.options.systems):
@@ -37,9 +45,7 @@ def section(results: list[Result], picture: str) -> str:
                 columns.append([f"{mine.cells['out_of_place'].ratio(ours.cells['out_of_place']):.2f}" for mine, ours in pairs])
     sizes = [plot.binary(results[0].options.nbytes(row.count)) for row in results[0].rows[results[0].main]]
     lines = [
-        "`all_reduce` of float32 over TCP on loopback, out of place with `out=`, median us. "
-        f"{facts['cores']} cores ({facts['cpu']}), {facts['kernel']}; {uses}; load average {facts['load']}; {date.today().isoformat()}.",
-        "A ratio is the peer's time over ours, in turns in one run.",
+        textwrap.fill(about, _WIDTH),
         "",
         f"![time over size, logarithmic, rt and peers]({picture})",
         "",

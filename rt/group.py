@@ -139,9 +139,12 @@ class CoreGroup:
         found, signature = self._recent[sequence % _RECENT]
         return sequence.to_bytes(4, sys.byteorder) + signature[4:] if found == sequence else None
 
-    def newest_algorithm(self) -> str | None:
-        """Return the name of the schedule that was made last, None before any was; for measurements."""
-        return next(reversed(self._plans.values())).program.name if self._plans else None
+    def algorithm(self, kind: str, dtype: str, items: int) -> str | None:
+        """Return the name of the schedule made last for such a call (its kind, dtype and items), None if none was; for measurements."""
+        for call, ready in reversed(self._plans.items()):
+            if (call.kind.name.lower(), call.dtype.name.lower(), call.items) == (kind, dtype, items):
+                return ready.program.name
+        return None
 
     def _plan(self, call: Call) -> _Ready:
         row_items = _count(call.shape[1:])

@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import rt
 from bench import adapters, conductor, exchange, local, measure, meeting, rank, samples
 from bench.collectives import COLLECTIVES, Bind, Bound, Buffers
 from bench.data import DTYPES, OPS, Array, Data
+from rt.world import World
 
 FEW = {"iters": 2, "warmup": 1}
 HERE = [pytest.param(name, marks=pytest.mark.skipif(not hasattr(rt, each.needs), reason=f"rt has no {each.needs} yet"))
@@ -341,6 +343,11 @@ def test_the_bare_exchange_moves_the_bytes_of_an_all_reduce(size: int, share: in
     for pair in ends:
         for end in pair:
             end.close()
+
+
+def test_ranks_without_a_connection_are_relayed() -> None:
+    world = SimpleNamespace(rank=1, size=3, addresses={0: "10.0.0.1:5"})
+    assert World.links(world) == {0: "tcp 10.0.0.1:5", 2: "relayed"}  # type: ignore[arg-type]
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------------------------------

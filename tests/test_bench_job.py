@@ -33,7 +33,7 @@ def run(command: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
 
 def test_ranks_of_rt_launch_are_measured_and_rank_0_tells(tmp_path: Path) -> None:
     target = tmp_path / "found.json"
-    words = ["all_gather", "-b", "64", "-e", "64K", "-f", "1024", *FEW, "-J", str(target), "--stats"]
+    words = ["broadcast", "-b", "64", "-e", "64K", "-f", "1024", *FEW, "-J", str(target), "--stats"]
     done = run([sys.executable, "-m", "rt.launch", "-n", "4", *BENCH, *words])
     assert done.returncode == 0, done.stderr
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"[0]"}
@@ -44,6 +44,8 @@ def test_ranks_of_rt_launch_are_measured_and_rank_0_tells(tmp_path: Path) -> Non
         (64, 0.0, 0.0), (65536, 0.0, 0.0)
     ]  # fmt: skip
     assert set(found["rt"]["systems"]) == {"rt sync", "rt async"}
+    for system in found["rt"]["systems"].values():  # and not that of what the ranks tell each other meanwhile
+        assert [row["algorithm"] for row in system["results"]] == ["binomial", "binomial"]
     assert len(found["results"][0]["out_of_place_per_iter"]["per_process_max_times_us"]) == 4
 
 
