@@ -129,6 +129,7 @@ print("held back", file=sys.stderr)
     [("head -c 1000000000 /dev/zero", 1), (f"yes {'x' * 39} | head -c 1000000000", 25_000_000)],
     ids=["zeros", "lines"],
 )
+@pytest.mark.timeout(300)  # seconds on a quiet machine
 def test_a_gigabyte_from_one_rank_leaves_memory_as_it_was(flood: str, prefixes: int) -> None:
     def run(program: str) -> tuple[int, int]:
         command = launcher("-n", "2", "sh", "-c", f"test $RT_RANK = 0 || {program}")
