@@ -5,8 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py pyproject.toml $(wildcard rt/*.pyx rt/*.pxi rt/*.h)
-# venv and headers for the build; the test hosts are network namespaces.
-DEBIAN := python3-venv python3-dev iproute2
+DEBIAN := python3-venv python3-dev iproute2  # the build; hosts of the tests, which are network namespaces
 N ?= 4
 
 .PHONY: demo demo-server test check docs peers results wheel packages clean
@@ -45,8 +44,7 @@ wheel: .stamp-build  ## a wheel to copy to hosts without a compiler
 
 .stamp-venv: pyproject.toml .ci/dev-requirements | packages
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -U pip
-	$(BIN)/python -m pip install -q $$($(BIN)/python .ci/dev-requirements)
+	$(BIN)/python -m pip install -q -U pip $$($(BIN)/python .ci/dev-requirements)
 	touch $@
 
 packages:  ## Debian packages: installed as root, else named
