@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rt import arrays
 from rt.aio import Work
 from rt.collectives import _aliasing, _alone, _array, _block_shape, _gathered_shape, _operator, _rank, _target
 from rt.dtypes import Op, check_op, code_of
@@ -98,8 +99,8 @@ def _whole(
         array = _array(x, what, work)
         return array.shape, array.dtype, array
     if x is not None:
-        form = _array(x, what, None)
-        return form.shape, form.dtype, None
+        shape, dtype, work.hand_out = arrays.form(x, what)
+        return shape, dtype, None
     if not isinstance(out, np.ndarray) or not out.ndim:
         raise TypeError(f"{what}: a rank that is not the root gives x, for its shape and dtype, or the array that receives as out=")
     return (group.size * out.shape[0] if rows is None else sum(rows), *out.shape[1:]), out.dtype, None

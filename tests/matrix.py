@@ -120,6 +120,7 @@ def reason(error: Exception) -> str:
     """Return why a call was refused, without what differs from cell to cell."""
     text = re.sub(r"^\w+: |^\[\w+\] ", "", str(error).splitlines()[0])
     text = re.sub(r"op '(and|or|xor)' is", "bitwise operators are", text)
+    text = re.sub(r"counts\[\d\] = \d", "counts[rank]", text)
     return re.sub(r"(, not|, found|, but has|\. The|; take|; use|; supported).*", "", text)
 
 
