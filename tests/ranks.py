@@ -308,6 +308,7 @@ async def in_order(works: Sequence[Awaitable[Any]]) -> list[Any]:
 
 def _rank(fd: int) -> None:
     """The whole life of a rank process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts the tests in the background ignores it, and so would we
     connection = Connection(fd)
     unhandled: list[str] = []
     _watch(unhandled)

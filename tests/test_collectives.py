@@ -308,7 +308,6 @@ def layouts(x: Array) -> Iterator[tuple[str, Array]]:
     fixed = x.copy()
     fixed.flags.writeable = False
     yield "read-only", fixed
-    yield "memoryview", memoryview(x)  # type: ignore[misc]
 
 
 async def any_memory(rt: Any, group: Any, ctl: Any) -> None:
