@@ -12,13 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from rt import collectives, collectives_blocks, objects
+from rt import collectives, collectives_blocks
 from rt.aio import Work
 from rt.errors import ConfigError
 from rt.group import CoreGroup
 
 R = TypeVar("R")  # what a call returns: an awaitable of the array, or the array
 Start = Callable[[CoreGroup, Any, Any], Work]  # group, x, out
+
+
+def _objects() -> Any:
+    """Return the module ``rt.objects``, loaded when first used: with pickle it takes 5 ms."""
+    from rt import objects
+
+    return objects
 
 
 class Api(Generic[R]):
@@ -285,29 +292,29 @@ class Api(Generic[R]):
         chooses**: pickles are for ranks that trust each other. Without a secret (RT_INSECURE=1) it is a ConfigError, unless
         RT_INSECURE_OBJECTS=1 is set on all ranks.
         """
-        return self._run(group, lambda core, x, _: objects.send_object(core, x, dst, tag), obj, None, timeout, None, None)
+        return self._run(group, lambda core, x, _: _objects().send_object(core, x, dst, tag), obj, None, timeout, None, None)
 
     def recv_object(self, src: int, *, group: Any = None, timeout: float | None = None, tag: int = 0) -> R:
         """Receive the object that rank ``src`` sends by ``send_object``. **This runs code that the sender chooses**; see there.
 
         Large arrays in it keep the memory into which they were received. What unpickling raises, this raises, and the group goes on.
         """
-        return self._run(group, lambda core, _x, _: objects.recv_object(core, src, tag), None, None, timeout, None, None)
+        return self._run(group, lambda core, _x, _: _objects().recv_object(core, src, tag), None, None, timeout, None, None)
 
     def broadcast_object(self, obj: Any, root: int = 0, *, group: Any = None, timeout: float | None = None) -> R:
         """Return the root's object on every rank; what the others pass does not matter. See ``send_object``, also about trust.
 
         Waiting for it may last for ever and costs nothing. Pickles of less than 4 KiB take one collective, others two rounds.
         """
-        return self._run(group, lambda core, x, _: objects.broadcast_object(core, x, root), obj, None, timeout, None, None)
+        return self._run(group, lambda core, x, _: _objects().broadcast_object(core, x, root), obj, None, timeout, None, None)
 
     def gather_objects(self, obj: Any, root: int = 0, *, group: Any = None, timeout: float | None = None) -> R:
         """Return the list of the ranks' objects, in rank order, on the root, and None elsewhere. See ``send_object``, also about trust."""
-        return self._run(group, lambda core, x, _: objects.gather_objects(core, x, root), obj, None, timeout, None, None)
+        return self._run(group, lambda core, x, _: _objects().gather_objects(core, x, root), obj, None, timeout, None, None)
 
     def all_gather_objects(self, obj: Any, *, group: Any = None, timeout: float | None = None) -> R:
         """Return the list of the ranks' objects, in rank order; this rank's own is ``obj``. See ``send_object``, also about trust."""
-        return self._run(group, lambda core, x, _: objects.all_gather_objects(core, x), obj, None, timeout, None, None)
+        return self._run(group, lambda core, x, _: _objects().all_gather_objects(core, x), obj, None, timeout, None, None)
 
 
 class Group(Generic[R]):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rt import arrays, fused
+from rt import arrays
 from rt.aio import Work
 from rt.dtypes import INEXACT, Op, code_of
 from rt.group import CoreGroup
@@ -32,6 +32,8 @@ def average(group: CoreGroup, tree: Any, bucket_bytes: int, communication_type: 
         work.finish(tree)
         return work
     import optree  # here, not above: importing it costs more than the rest of rt
+
+    from rt import fused
 
     leaves, structure = optree.tree_flatten(tree)
     given = fused.views(leaves, _WHAT, numbers=True)

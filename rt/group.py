@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rt import _fastpath
 from rt.aio import BUDGET_BYTES, LoopDriver, Work
-from rt.choose import choose
 from rt.dtypes import ITEMSIZE, DType, Op
 from rt.errors import GroupBrokenError, GroupClosedError, RTError
 from rt.schedule import Collective
@@ -148,6 +147,8 @@ class CoreGroup:
 
     def _plan(self, call: Call) -> _Ready:
         row_items = _count(call.shape[1:])
+        from rt.choose import choose  # all algorithms: 10 ms, which ``import rt`` and a group of one are spared
+
         schedule = choose(
             call.kind,
             rank=self.rank,

@@ -89,6 +89,8 @@ class World:
         ready = self.control.ready
         ready.add_done_callback(lambda wiring: self._wired(wiring, future))
         future.add_done_callback(lambda f: ready.cancel() if f.cancelled() else None)
+        import rt.choose  # noqa: F401  # while the ranks meet, so that the first call need not
+
         return future
 
     def _wired(self, wiring: concurrent.futures.Future[Any], future: concurrent.futures.Future[CoreGroup]) -> None:
