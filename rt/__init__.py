@@ -18,6 +18,15 @@ import warnings
 from collections.abc import Awaitable
 from typing import Any
 
+try:
+    from rt import _fastpath  # noqa: F401
+except ImportError as error:
+    if os.path.exists(os.path.join(os.path.dirname(__file__), "_fastpath.pyx")):
+        raise ImportError(
+            f"{os.path.dirname(__file__)} is rt's source, in which nothing was built, and it hides an installed rt from programs that are "
+            "started from its folder: run them from another one, or build it (`make`, or `pip install -e .`)"
+        ) from error
+    raise
 from rt import collectives, world
 from rt.aio import Work
 from rt.api import Api, Start, check_common, core_of

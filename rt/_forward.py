@@ -128,11 +128,15 @@ class Stream:
         else:
             self.close()
 
-    def drain(self) -> None:
-        """Take what fits in a pipe, and close: whoever still holds the other end is not waited for."""
+    def catch_up(self) -> None:
+        """Take what is there, as much as fits in a pipe."""
         for _ in range(BACKLOG_BYTES // READ_BYTES):
             if not self.pipe.closed:
                 self.read()
+
+    def drain(self) -> None:
+        """Take what is there, and close: whoever still holds the other end is not waited for."""
+        self.catch_up()
         self.close()
 
     def close(self) -> None:

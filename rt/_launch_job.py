@@ -11,6 +11,7 @@ a process is made (``_launch_ranks``), and anything that talks to a group: a ran
 from __future__ import annotations
 
 import errno
+import math
 import os
 import secrets
 import select
@@ -31,6 +32,7 @@ from rt._launch_ranks import THREADS, Rank, cores, environment, identity, signal
 from rt.secret import make_secret_fd
 
 TIMED_OUT = 124  # the exit code of timeout(1)
+CAUSE_SECONDS = 0.5  # for which a rank that failed with an error of ours waits for another that failed for its own reason
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -59,6 +61,8 @@ class Job:
         self._stopped_by: int | None = None
         self._verdict: tuple[int, str] | None = None  # exit code and last line
         self._culprit: Rank | None = None
+        self._failures: list[tuple[bool, bool, bool, int]] = []  # the worst is the least: a cause, a signal, a code of its own; the rank
+        self._judgement: float | None = None  # when one of them is chosen at the latest
 
     def __enter__(self) -> Job:
         """Have signals wake the loop, from before the first rank exists."""
@@ -193,7 +197,7 @@ class Job:
         times = [stream.due for stream in self._streams]
         times += [self._deadline, self._input.due(now) if self._input else None]
         if self._plan is None and not self._all_ended():
-            times.append(self._limit)
+            times += [self._limit, self._judgement]
         return min((max(0.0, due - now) for due in times if due is not None), default=None)
 
     def _attend(self, now: float) -> None:
@@ -207,6 +211,7 @@ class Job:
             gone = broken.errno == errno.EPIPE
             why = "the reader of our output has gone" if gone else f"cannot write our output: {broken.strerror}"
             self._fail(128 + signal.SIGPIPE if gone else 1, why)
+        self._judge()
         if self._limit is not None and self._limit <= now and not self._all_ended():
             late = [str(rank.index) for rank in self._ranks if rank.code is None]
             running = f"rank {late[0]} was" if len(late) == 1 else f"ranks {', '.join(late)} were"
@@ -239,13 +244,32 @@ class Job:
         for rank in self._ranks:
             if rank.code is not None:
                 rank.signal(0)
-        if failed := [rank for rank in ended if rank.code]:
-            # Several at once: a lost peer makes a rank exit with 1, but never kills it; so look for another cause first.
-            first = min(failed, key=lambda rank: ((rank.code or 0) > 0, rank.code == 1, rank.index))
-            code = first.code or 0
-            self._fail(code if code > 0 else 128 - code, first.describe_end(), first)
+        for rank in ended:
+            if rank.code and self._plan is None:
+                self._failures.append((self._is_consequence(rank), rank.code > 0, rank.code == 1, rank.index))
+                self._judgement = min(self._judgement or math.inf, time.monotonic() + CAUSE_SECONDS)
+        self._judge()
 
     # --- ending
+
+    def _is_consequence(self, rank: Rank) -> bool:
+        """Say whether a rank ended with an error of ours that nobody caught: it may have failed only because another one did."""
+        stream = self._errors.get(rank.index)
+        if rank.code != 1 or stream is None:
+            return False
+        stream.catch_up()
+        return any(line.startswith(b"rt.errors.") for line in stream.tail()[-1:])
+
+    def _judge(self) -> None:
+        """Say which rank's failure it is that ends the job, unless what we have may be a consequence of one that is still to come."""
+        if self._judgement is None or self._plan is not None:
+            return
+        worst = min(self._failures)
+        if worst[0] and time.monotonic() < self._judgement and not self._all_ended():
+            return
+        first = self._ranks[worst[-1]]
+        code = first.code or 0
+        self._fail(code if code > 0 else 128 - code, first.describe_end(), first)
 
     def _failed(self) -> bool:
         return self._verdict is not None or self._stopped_by is not None

@@ -350,6 +350,9 @@ class _Forming:
             lines.append(f"  rank {rank}: {tried or 'not heard of'}")
         if len(lines) == 1:
             lines.append("  no rank: all are there, but some neighbours are not connected with each other")
+        lines += [f"  a connection from {address} was dropped: {why}" for why, address in self._acceptor.dropped.items()]
+        if self._me.secret.of_this_host:
+            lines.append("  this rank has its host's own secret: with other hosts all need RT_SECRET_FILE, the same, or RT_INSECURE=1")
         return "\n".join(lines)
 
     async def tell(self, error: BaseException) -> None:

@@ -232,7 +232,7 @@ class Control:
 
     async def _listen(self, peer: _Peer) -> None:
         """Handle what one direct peer sends, until the connection ends."""
-        report = Report.of_rank("lost", peer.rank, f"connection closed by {peer.address}")
+        report = Report.of_rank("lost", peer.rank, f"lost rank {peer.rank} (tcp {peer.address}): connection closed")
         try:
             while True:
                 self._on_frame(peer, *await tcp.read_frame(peer.reader))
@@ -241,7 +241,7 @@ class Control:
         except (ValueError, struct.error) as error:
             report = Report.of_rank("protocol", peer.rank, f"from {peer.address}: {error}")
         except OSError as error:
-            report = Report.of_rank("lost", peer.rank, f"connection to {peer.address} broke: {error.strerror or error}")
+            report = Report.of_rank("lost", peer.rank, f"lost rank {peer.rank} (tcp {peer.address}): {error.strerror or error}")
         peer.knows.set()
         self._suspect(report)
         peer.writer.close()

@@ -35,6 +35,9 @@ class Deferred:
         self._error: BaseException | None = None
         _waiting.append(self)
 
+    def __repr__(self) -> str:
+        return "<rt.Work that waits for the group to form>" if self._work is None else repr(self._work)
+
     def start(self) -> None:
         """Start the work; what it raises is raised by the await."""
         try:

@@ -101,7 +101,7 @@ class CoreGroup:
         self.identity = identity
         self.timeout = timeout
         self.engine = world.engine if world is not None and self.size > 1 else None
-        self.failure: Callable[[_fastpath.Work], RTError] | None = None
+        self.failure: Callable[..., RTError] | None = None  # of a work; True behind it: of a call that came after the failure
         self.splits = 0
         self.object_orders: dict[tuple[Any, ...], Order] = {}
         self._plans: dict[Call, _Ready] = {}
@@ -121,7 +121,7 @@ class CoreGroup:
             ready = self._plan(call)
         work.about = ready.about
         if self.failure is not None:
-            raise self.failure(work)
+            raise self.failure(work, True)
         status = self.engine.submit(
             work, ready.program, self.identity, ready.channel, ready.signature, self.ranks, self.size, source, target, budget
         )
@@ -217,32 +217,30 @@ class CoreGroup:
 
     # -- failing
 
-    def fail(self, failure: Callable[[_fastpath.Work], RTError]) -> None:
+    def fail(self, failure: Callable[..., RTError]) -> None:
         """Break the group for good, from any thread. The first failure stays."""
         if self.failure is None:
             self.failure = failure
         if self.engine is not None:
             self.engine.break_group(self.identity, self.failure)
 
-    def broken(self, kind: type[GroupBrokenError], culprit: int | None, text: str) -> Callable[[_fastpath.Work], GroupBrokenError]:
+    def broken(self, kind: type[GroupBrokenError], culprit: int | None, text: str) -> Callable[..., GroupBrokenError]:
         """Return what makes this group's error for a work."""
 
-        def make(work: _fastpath.Work) -> GroupBrokenError:
-            assert isinstance(work, Work)
+        def make(work: Work, later: bool = False) -> GroupBrokenError:
             got = f" after {work.received} B" if work.received else ""
-            message = f"rank {self.rank}/{self.size}: {work.describe() if work.what else 'group ' + self.name}: {text}{got}"
-            return kind(message, group=self.name, culprit=culprit, work=work.describe())
+            return kind(self._told(work, later, text + got), group=self.name, culprit=culprit, work=work.describe())
 
         return make
 
-    def closed(self, text: str) -> Callable[[_fastpath.Work], GroupClosedError]:
+    def closed(self, text: str) -> Callable[..., GroupClosedError]:
         """Return what makes this group's ``GroupClosedError`` for a work."""
+        return lambda work, later=False: GroupClosedError(self._told(work, later, text))
 
-        def make(work: _fastpath.Work) -> GroupClosedError:
-            assert isinstance(work, Work)
-            return GroupClosedError(f"rank {self.rank}/{self.size}: {work.describe() if work.what else 'group ' + self.name}: {text}")
-
-        return make
+    def _told(self, work: Work, later: bool, text: str) -> str:
+        """Return the message of a failure for a work that it ended, or for a ``later`` call, which has no number and is not to blame."""
+        about = f"{work.what} ({work.about}): the group failed earlier" if later else work.describe() if work.what else f"group {self.name}"
+        return f"rank {self.rank}/{self.size}: {about}: {text}"
 
 
 def explain_signature(signature: bytes, role: int | None = None) -> str:

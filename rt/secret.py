@@ -38,10 +38,12 @@ class Secret:
     Attributes:
         key: the bytes, or None where ``RT_INSECURE=1`` turned the proof off.
         source: where the key came from, for messages.
+        of_this_host: made by itself on this host, so that ranks on other hosts cannot have it.
     """
 
     key: bytes | None
     source: str
+    of_this_host: bool = False
 
     def __repr__(self) -> str:
         return f"<Secret from {self.source}>"
@@ -212,7 +214,7 @@ def _own_secret(environ: Mapping[str, str]) -> Secret:
         try:
             folder = _open_folder(path)
             with _closing(folder):
-                return Secret(_read_or_make(folder, path), os.path.join(path, _FILE))
+                return Secret(_read_or_make(folder, path), os.path.join(path, _FILE), of_this_host=True)
         except OSError as error:
             failures.append(f"{path}: {error.strerror}")
     raise ConfigError(

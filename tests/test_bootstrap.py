@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from worlds import PATIENCE, config, coordinated, free_ports, listening_to_log, only_neighbours, ring
+from worlds import PATIENCE, SECRET, config, coordinated, free_ports, listening_to_log, only_neighbours, ring
 
 from rt.bootstrap import HostInfo, Wiring, bootstrap, dials, neighbours
 from rt.config import RingConfig
@@ -246,6 +246,19 @@ async def test_a_stranger_is_told_and_the_real_rank_gets_in(fields: dict[str, An
         wirings = [await asyncio.create_task(bootstrap(configs[1])), await waiting][::-1]
     await check(wirings, all_pairs(2))
     await dismantle(wirings)
+
+
+async def test_what_became_of_connections_stands_in_the_error_of_who_waited() -> None:
+    configs = coordinated(2, connect_timeout=2.0)
+    waiting = asyncio.create_task(bootstrap(replace(configs[0], secret=replace(SECRET, of_this_host=True))))
+    with pytest.raises(RendezvousError, match="the secrets differ"):
+        await bootstrap(replace(configs[1], secret=Secret(b"another secret", "test")))
+    with pytest.raises(RendezvousError) as caught:
+        await waiting
+    *_, absent, dropped, hint = str(caught.value).splitlines()
+    assert absent == "  rank 1: not heard of"
+    assert re.match(r"  a connection from 127.0.0.1:\d+ was dropped: .*the secrets differ", dropped)
+    assert hint.startswith("  this rank has its host's own secret: with other hosts all need RT_SECRET_FILE")
 
 
 async def test_group_without_secret() -> None:

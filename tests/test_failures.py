@@ -9,6 +9,7 @@ Times are of one clock for all processes of a host, so the test says when it kil
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -46,6 +47,7 @@ async def later_calls(group: Any) -> list[tuple[str, int | None, float]]:
         with pytest.raises(GroupBrokenError) as caught:
             await call()
         found.append((type(caught.value).__name__, caught.value.culprit, time.monotonic() - began))
+        assert re.match(r"rank \d+/\d+: \w+ \([^)]*\): the group failed earlier: ", str(caught.value)), "not this call's fault"
     return found
 
 

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launching import PATIENCE, Terminal, environment, launch, launcher, read_until, running
+from launching import PATIENCE, Terminal, environment, last_line, launch, launcher, read_until, running
 
 DEBUGGED = """
 import rt.sync
@@ -49,6 +49,42 @@ def test_pdb_on_a_terminal(script: Path) -> None:
         assert sorted(re.findall(r"^\[\d\] \d\r$", shown, re.MULTILINE)) == [f"[{rank}] {rank}\r" for rank in range(4)]
         terminal.type("c\n")
         assert terminal.process.wait(PATIENCE) == 0
+
+
+FAILING = """
+import asyncio, sys
+import numpy as np, rt, rt.sync
+
+async def main():
+    group = await rt.init()
+    if group.rank() == 1:
+        {cause}
+    await rt.all_sum(np.ones(4))
+
+def blocking():
+    group = rt.sync.init()
+    if group.rank() == 1:
+        {cause}
+    rt.sync.all_sum(np.ones(4))
+
+{run}
+"""
+
+
+@pytest.mark.parametrize(("cause", "code"), [("raise ValueError('why')", 1), ("sys.exit(7)", 7)])
+@pytest.mark.parametrize("run", ["asyncio.run(main())", "rt.run(main())", "blocking()"])
+def test_the_cause_is_named_and_not_its_consequence(script: Path, run: str, cause: str, code: int) -> None:
+    # The rank that waits for the one that fails may well end before it.
+    script.write_text(FAILING.format(run=run, cause=cause))
+    for _ in range(5):
+        done = launch("-n", "3", str(script))
+        assert (done.returncode, last_line(done.stderr)) == (code, f"rt.launch: rank 1 exited with code {code}"), done.stderr
+
+
+def test_if_all_failed_by_an_error_of_ours_one_of_them_is_named(script: Path) -> None:
+    script.write_text("import numpy as np, rt.sync as rt\nrt.all_sum(np.ones(4 + rt.rank()))\n")
+    done = launch("-n", "2", str(script))
+    assert done.returncode == 1 and re.fullmatch(r"rt.launch: rank [01] exited with code 1", last_line(done.stderr)), done.stderr
 
 
 HELLO = """

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 VERSION = 1
 UNAUTHENTICATED_LIMIT = 64
 HANDSHAKE_SECONDS = 5.0
+_DROPPED_MOST = 4
 
 _log = logging.getLogger("rt")
 
@@ -261,6 +262,7 @@ class Acceptor:
         self._listeners: list[socket.socket] = []
         self._accepting: list[asyncio.Task[None]] = []
         self._strangers: dict[asyncio.Task[None], None] = {}
+        self.dropped: dict[str, str] = {}  # what happened to the last few connections that came to nothing: reason, and who came last
 
     def add(self, listeners: Iterable[socket.socket]) -> None:
         """Start accepting on ``listeners``, which belong to the acceptor from now on."""
@@ -312,4 +314,8 @@ class Acceptor:
 
     def _drop(self, sock: socket.socket, address: str, why: str) -> None:
         sock.close()
+        self.dropped.pop(why, None)
+        self.dropped[why] = address
+        if len(self.dropped) > _DROPPED_MOST:
+            del self.dropped[next(iter(self.dropped))]
         _log.info("rank %d: dropped a connection from %s: %s", self._me.rank, address, why)
