@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from importlib import import_module
@@ -168,9 +169,14 @@ class Rendezvous:
         run, restart = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
         key = f"rt/{run}/{restart}/{self._config.job}/{next(_stores)}"
         timeout = timedelta(seconds=self._config.connect_timeout)
-        client = await tcp.in_thread(
-            lambda: import_module("torch.distributed").TCPStore(store[0], store[1], is_master=False, timeout=timeout)
-        )
+        try:
+            torch = await tcp.in_thread(lambda: import_module("torch.distributed"))
+        except ImportError as error:
+            raise ConfigError(
+                f"torchrun: ranks meet through torch's TCPStore, but this Python ({sys.executable}) cannot import torch ({error}); "
+                "install it there, or set RT_RANK, RT_WORLD_SIZE and RT_COORDINATOR"
+            ) from None
+        client = await tcp.in_thread(lambda: torch.TCPStore(store[0], store[1], is_master=False, timeout=timeout))
         if self._rank > 0:
             host, _, port = (await tcp.in_thread(lambda: client.get(key))).decode().rpartition(":")
             return await self._enrol_with((host, int(port)))

@@ -406,3 +406,9 @@ async def test_through_torchruns_store(monkeypatch: pytest.MonkeyPatch) -> None:
     await check(wirings, all_pairs(2))
     assert list(values) == ["rt/run7/2/a test/0"]
     await dismantle(wirings)
+
+
+async def test_torchrun_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.distributed", None)
+    (outcome,) = await form([config(0, 2, store=("127.0.0.1", 29400))])
+    assert isinstance(outcome, ConfigError) and "cannot import torch" in str(outcome) and "RT_COORDINATOR" in str(outcome)
