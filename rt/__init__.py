@@ -29,8 +29,7 @@ except ImportError as error:
     raise
 from rt import collectives, world
 from rt.aio import Work
-from rt.api import Api, Start, check_common, core_of
-from rt.api import Group as _Group
+from rt.api import Api, Start, check_common
 from rt.config import is_available
 from rt.deferred import Deferred, ready_core, start_waiting, wait_until
 from rt.errors import (
@@ -45,6 +44,8 @@ from rt.errors import (
     RendezvousError,
     RTError,
 )
+from rt.faces import Group as _Group
+from rt.faces import core_of
 from rt.gradients import BUCKET_BYTES, averaging
 from rt.group import CoreGroup
 from rt.runner import run

@@ -16,8 +16,7 @@ from typing import Any
 
 from rt import _fastpath, collectives, world
 from rt.aio import Work
-from rt.api import Api, Start, check_common, core_of
-from rt.api import Group as _Group
+from rt.api import Api, Start, check_common
 from rt.config import is_available
 from rt.deferred import start_waiting
 from rt.errors import (
@@ -32,6 +31,8 @@ from rt.errors import (
     RendezvousError,
     RTError,
 )
+from rt.faces import Group as _Group
+from rt.faces import core_of
 from rt.gradients import BUCKET_BYTES, averaging
 from rt.group import CoreGroup
 
