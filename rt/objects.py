@@ -175,8 +175,9 @@ class ObjectWork(Work):
             self._watch(works)
             self._end()
         except Exception as error:
-            found = error
-            self._fail(lambda _: found)
+            found, broken = error, self.group.failure
+            # What broke the group while the header was under way ended this call, too; only calls that come later get another text.
+            self._fail(broken if broken is not None and isinstance(error, RTError) else lambda _: found)
             # Not the group's own error: no memory, or a header that makes no sense. The others would wait for ever.
             if not isinstance(error, RTError) and self.group.world is not None:
                 self.group.world.abort(self.group, text=f"rank {self.group.world.rank} cannot receive an object: {error!r}")
