@@ -32,7 +32,7 @@ from rt._launch_ranks import THREADS, Rank, cores, environment, identity, signal
 from rt.secret import make_secret_fd
 
 TIMED_OUT = 124  # the exit code of timeout(1)
-CAUSE_SECONDS = 0.5  # for which a rank that failed with an error of ours waits for another that failed for its own reason
+CAUSE_SECONDS = 2.0  # for which a rank that failed with an error of ours waits for another that failed for its own reason
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
