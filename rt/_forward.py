@@ -118,6 +118,8 @@ class Stream:
 
     def read(self) -> None:
         """Take what is there; at the end of file show the rest and close."""
+        if self.pipe.closed:  # since poll() called it ready
+            return
         try:
             text = os.read(self.fd, READ_BYTES)
         except BlockingIOError:
