@@ -123,8 +123,10 @@ def run(page: str, name: str, folder: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
+    """A reader's: without buffers ``print`` writes the end of a line apart, and the lines of programs that share a pipe mix."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    return {**inherited, "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 def _console(block: Block, name: str, folder: Path) -> None:

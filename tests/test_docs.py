@@ -83,3 +83,9 @@ def test_a_page_that_is_right_passes(tmp_path: Path) -> None:
         "```python\n# a.py\nprint('ran')\n```\n```console\n$ python a.py\nran\n$ echo a; echo b; echo c\nc\n...\n```\n"
     )
     documents.run(page, "page.md", tmp_path)
+
+
+def test_programs_print_whole_lines_however_the_tests_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    page = '```console\n$ python -c "import sys; print(sys.stdout.write_through)"\nFalse\n```\n'
+    documents.run(page, "page.md", tmp_path)
