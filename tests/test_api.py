@@ -639,6 +639,7 @@ def test_import_tells_of_the_other_package_called_rt(tmp_path: Path, theirs: str
     path = os.pathsep.join([str(tmp_path), str(Path(rt.__file__).parent.parent)])
     program = "import sys, rt; print(rt.__file__)"
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    found = subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    command = [sys.executable, "-W", "default", "-c", program]  # whatever PYTHONWARNINGS says
+    found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30)
     assert found.stdout.startswith(str(tmp_path)), found.stderr
     assert ("RuntimeWarning: PyPI's `rt`" in found.stderr) == (theirs is not None), found.stderr
