@@ -223,8 +223,12 @@ def run(n: int, body: Callable[..., Any], *, timeout: float = 30, **how: Any) ->
 
 
 def results(n: int, body: Callable[..., Any], *, timeout: float = 30, **how: Any) -> list[Any]:
-    """As ``run``, for bodies that must succeed: return their values; AssertionError if a rank raised, failed at exit or left a trace."""
-    outcomes = run(n, body, timeout=timeout, **how)
+    """As ``run``, for bodies that must succeed: return their values."""
+    return succeeded(run(n, body, timeout=timeout, **how))
+
+
+def succeeded(outcomes: Sequence[Outcome]) -> list[Any]:
+    """Return the values of the bodies; AssertionError if a rank raised, failed at exit or left a trace."""
     bad = [outcome for outcome in outcomes if outcome.error or outcome.returncode or "Traceback" in outcome.stderr]
     if bad:
         raise AssertionError("\n".join(str(outcome) for outcome in [*bad, *(each for each in outcomes if each not in bad)]))

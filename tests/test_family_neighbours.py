@@ -5,23 +5,23 @@ May live here: results of the calls of ``test_family`` on such a network. May no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hosts
 import netns
 import pytest
-from ranks import FRONTS
+from hosts import PATIENCE, ranks_on, ring_as_mlx_writes_it, ring_file
+from ranks import FRONTS, succeeded
 from test_family import around, counted, long_prefixes, plain
 from test_family_together import chaos
-from test_namespaces import PATIENCE, ranks_on, ring_as_mlx_writes_it, succeeded
 
-pytestmark = [pytest.mark.namespaces, pytest.mark.skipif(bool(netns.missing()), reason=netns.missing() or "-")]
+pytestmark = hosts.NEEDED
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[list[netns.Host]]:
+def ring_of_four() -> Iterator[list[netns.Host]]:
     with netns.ring_of_hosts(4) as made:
         yield made
 
@@ -35,8 +35,6 @@ async def family(rt: Any, group: Any, ctl: Any) -> None:
 
 
 @pytest.mark.parametrize("front", FRONTS)
-def test_the_family_where_only_neighbours_connect(front: str, hosts: list[netns.Host], tmp_path: Path) -> None:
-    path = tmp_path / "ring.json"
-    path.write_text(json.dumps(ring_as_mlx_writes_it(4)))
-    with ranks_on(hosts, family, str(path), front=front) as ranks:
+def test_the_family_where_only_neighbours_connect(front: str, ring_of_four: list[netns.Host], tmp_path: Path) -> None:
+    with ranks_on(ring_of_four, family, ring_file(tmp_path, ring_as_mlx_writes_it(4)), front=front) as ranks:
         succeeded(ranks.wait(3 * PATIENCE))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import os
 import pickle
 import random
@@ -19,7 +18,7 @@ import netns
 import numpy as np
 import pytest
 import ranks
-from test_namespaces import ranks_on, ring_as_mlx_writes_it, succeeded
+from hosts import ranks_on, ring_as_mlx_writes_it, ring_file
 
 import rt.sync
 from rt.objects import HEADER_BYTES, OUT_OF_BAND_BYTES, Message
@@ -113,10 +112,9 @@ def test_objects_of_any_size_arrive(size: int, front: str) -> None:
 @pytest.mark.skipif(bool(netns.missing()), reason=netns.missing() or "-")
 @pytest.mark.parametrize("front", ["sync", "uvloop"])
 def test_objects_arrive_where_only_neighbours_connect(front: str, tmp_path: Path) -> None:
-    ring = tmp_path / "ring.json"
-    ring.write_text(json.dumps(ring_as_mlx_writes_it(4)))
-    with netns.ring_of_hosts(4) as hosts, ranks_on(hosts, every_call, str(ring), front=front, args=((1, 5000, 300_001),)) as world:
-        succeeded(world.wait())
+    ring = ring_file(tmp_path, ring_as_mlx_writes_it(4))
+    with netns.ring_of_hosts(4) as hosts, ranks_on(hosts, every_call, ring, front=front, args=((1, 5000, 300_001),)) as world:
+        ranks.succeeded(world.wait())
 
 
 async def one_large(rt: Any, group: Any, ctl: ranks.Ctl) -> None:
