@@ -1,10 +1,10 @@
 """The calls users make, written once for both front ends.
 
 May live here: names, signatures and documentation of the public calls. May not: anything that differs between ``rt`` and ``rt.sync``
-beyond the two hooks below, argument checks (``collectives``), waiting.
+beyond the hook below, argument checks (``collectives``), waiting.
 
-A front end is an ``Api`` that says how a started work is handed out (``_run``: awaitable, or its result) and how the world is found
-(``_core``). ``Api``'s bound methods are the functions of the modules ``rt`` and ``rt.sync``; ``faces.Group`` offers the same as methods.
+A front end is an ``Api`` whose ``_run`` finds the group of a call and hands out the work that the call starts: an awaitable, or its result.
+``Api``'s bound methods are the functions of the modules ``rt`` and ``rt.sync``; ``faces.Group`` offers the same as methods.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The collectives: arguments are checked, memory is found, a work is started.
 
 May live here: what callers may pass, what they get back, and the errors for anything else. May not: waiting, algorithms, links. Every
-function takes a core group and returns a Work at once; both front ends call these and nothing else.
+call takes a core group and returns a Work at once, as do those of ``collectives_blocks`` (a block per rank, results on one rank only),
+``objects`` and ``gradients``; both front ends call these and nothing else.
 """
 
 from __future__ import annotations

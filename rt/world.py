@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rt import _fastpath, config
 from rt.aio import LoopDriver, Work
@@ -184,9 +184,7 @@ class World:
 
     def timed_out(self, work: Work, seconds: float) -> None:
         """A time limit expired: blame a rank that has not called, else one that is late."""
-        waiting = work.pending()
-        assert isinstance(waiting, Work)
-        work = waiting
+        work = cast(Work, work.pending())
         absent, late = self.engine.waiting_for(work)
         if work.state != _fastpath.FLYING:
             return
