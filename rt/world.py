@@ -71,6 +71,7 @@ class World:
         self.closed = False
         self.orphan = False  # a forked child: the connections are the parent's
         self._ring = ring
+        self._identity = hash64("world", ring.job)  # of the group of all ranks
         self._verdicts: list[Verdict] = []
         self._lock = threading.Lock()
         self._closing = threading.Lock()
@@ -81,7 +82,7 @@ class World:
         """Begin to meet the other ranks; the future holds the world's group."""
         future: concurrent.futures.Future[CoreGroup] = concurrent.futures.Future()
         if self.size == 1:
-            future.set_result(self.new_group(range(1), 0, "world", hash64("world", self._ring.job)))
+            future.set_result(self.new_group(range(1), 0, "world", self._identity))
             return future
         from rt.control import Control  # with all of bootstrap behind it: a group of one never needs it
 
@@ -105,7 +106,7 @@ class World:
                     self.engine.add_socket(peer, sock)
                 if peer != self.rank and peer not in found.data:
                     self._add_relay(peer)
-            group = self.new_group(range(self.size), self.rank, "world", hash64("world", self._ring.job))
+            group = self.new_group(range(self.size), self.rank, "world", self._identity)
         except BaseException as error:
             if not future.cancelled():
                 future.set_exception(error)
@@ -241,8 +242,9 @@ class World:
 
     @property
     def broken(self) -> bool:
-        """Whether the group of all ranks has failed."""
-        return any(group.failure is not None for group in self.groups.values() if group.size == self.size)
+        """Whether the world's group has failed. Others may have without it, and then the links are whole."""
+        group = self.groups.get(self._identity)
+        return group is not None and group.failure is not None
 
     def leave(self) -> None:
         """Leave in order: finish own works, say GOODBYE, hear the peers'. Blocks, at most about 11 s. Idempotent."""

@@ -343,3 +343,21 @@ async def abort_a_part(rt: Any, group: Any, ctl: ranks.Ctl) -> tuple[str, float]
 @pytest.mark.parametrize("front", ranks.FRONTS)
 def test_abort_of_one_group_leaves_the_others(front: str) -> None:
     assert ranks.results(3, abort_a_part, front=front) == [("world.split(color=0)", 3.0)] * 3
+
+
+async def leave_after_a_part_failed(rt: Any, group: Any, ctl: ranks.Ctl) -> str:
+    part = await group.split(0)  # of all ranks, and yet not the world
+    if group.rank() == 0:
+        part.abort()
+    with pytest.raises(GroupAbortedError):
+        await part.all_sum(np.ones(10))
+    until, over = time.monotonic() + 0.5, group.rank() == 2
+    while not over:  # rank 2 leaves meanwhile
+        late = float(time.monotonic() > until)
+        over = bool(late + await group.sendrecv(np.full((), late), 1 - group.rank(), 1 - group.rank()))
+    return "well"
+
+
+@pytest.mark.parametrize("front", ranks.FRONTS)
+def test_a_rank_whose_part_failed_leaves_the_world_in_order(front: str) -> None:
+    assert ranks.results(3, leave_after_a_part_failed, front=front) == ["well"] * 3
