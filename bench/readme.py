@@ -15,6 +15,7 @@ from bench.collectives import COLLECTIVES
 from bench.measure import Options, Result
 
 _WIDTH = 140
+_WAYS = {"shm": "shared memory", "tcp": "TCP on loopback"}  # what rt went through
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -26,9 +27,11 @@ def section(results: list[Result], picture: str) -> str:
         for greetings in result.greetings.values():
             versions.update(greetings[0]["uses"])
     uses = ", ".join(version if name == "loop" else f"{name} {version}" for name, version in sorted(versions.items()))
+    greetings = [greeting for result in results for greeting in result.greetings[result.main]]
+    ways = sorted({_WAYS[link.split()[0]] for greeting in greetings for link in greeting["links"].values()})
     kernel = ".".join(facts["kernel"].split(".")[:2])
     about = (
-        "`all_reduce` of float32 over TCP on loopback, out of place with `out=`, median us. "
+        f"`all_reduce` of float32 through {' and '.join(ways)}, out of place with `out=`, median us. "
         f"{facts['cores']} cores ({facts['cpu']}), {kernel}; {uses}; load average {facts['load']}; {date.today().isoformat()}. "
         "A ratio is the peer's time over ours, in turns in one run."
     )

@@ -160,11 +160,13 @@ async def init(
     connect_timeout: float | None = None,
     timeout: float | None = None,  # noqa: ASYNC109  # of collectives, not of this call
     secret: bytes | str | None = None,
+    shm: bool | None = None,
 ) -> Group:
     """Form the group of all ranks, or return it if it has formed. See ``rt.sync.init`` for arguments and errors."""
     future = world.start(
         backend, strict, rank=rank, world_size=world_size, coordinator=coordinator, hostfile=hostfile,
         connections_per_ip=connections_per_ip, connect_timeout=connect_timeout, timeout=timeout, secret=secret,
+        shm=shm,
     )  # fmt: skip
     core = future.result() if future.done() else await wait_until(future)
     start_waiting()

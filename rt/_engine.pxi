@@ -47,6 +47,7 @@ cdef class Engine:
     cdef list link_table         # per world rank: list of indexes into core.links
     cdef object on_events        # called with a list of events, without the lock
     cdef readonly bint closed
+    cdef int watching            # threads that poll rings without the lock; changes under the GIL
     cdef bint orphan             # in a forked child: nothing here may be believed
     cdef object __weakref__
 
@@ -90,6 +91,36 @@ cdef class Engine:
             free(self.core.links[i])
         free(self.core.links)
         free(self.core.events)
+
+    cdef bint watch(self, double until) except -1:
+        """Poll the rings, without the GIL, until there may be something to do (True) or ``until`` has come."""
+        cdef bint found
+        self.watching += 1
+        with nogil:
+            found = core_watch(&self.core, until)
+        self._watched()
+        return found
+
+    cdef bint give_way(self) except -1:
+        """Let other processes run for a moment; True if there may be something to do then."""
+        cdef bint found
+        self.watching += 1
+        with nogil:
+            found = core_yield(&self.core)
+        self._watched()
+        return found
+
+    cdef void _watched(self):
+        self.watching -= 1
+        if self.closed:
+            self._unmap()
+
+    cdef void _unmap(self):
+        """Give shared memory back, unless another thread still looks at it: then that one does."""
+        cdef int i
+        if self.watching == 0:
+            for i in range(self.core.link_count):
+                ring_unmap(self.core.links[i])
 
     cdef void _forsake(self, WorkState *work):
         """End a work whose engine goes away."""
@@ -154,6 +185,30 @@ cdef class Engine:
         finally:
             self.unlock()
 
+    def add_shared(self, int peer, sock, int fd, Py_ssize_t offset, Py_ssize_t capacity, bint first):
+        """Add a link to world rank ``peer`` through memory that both map; it takes over the socket, which only wakes.
+
+        Args:
+            fd: of the memory, which must be zero; it is mapped, and stays the caller's.
+            offset: where in it this link's rings begin, a multiple of the page size.
+            capacity: bytes of each ring, a power of two, at least 4096. Rings take ``2 * (512 + capacity)`` bytes.
+            first: whether this rank is the one that writes into the first ring.
+        """
+        cdef Link *link
+        if capacity < 4096 or capacity & (capacity - 1):
+            raise ValueError(f"a ring holds a power of two of bytes, at least 4096, not {capacity}")
+        self.lock()
+        try:
+            link = link_new(&self.core, peer)
+            ring_map(&self.core, link, fd, offset, capacity, first)
+            link.send = ring_send
+            link.fd = sock.detach()
+            if rt_poll_add(self.core.poll_set, link.fd, <uintptr_t>(link.index + 1)) < 0:
+                raise OSError(errno, os.strerror(errno))
+            self._links_to(peer).append(link.index)
+        finally:
+            self.unlock()
+
     def add_link(self, int peer, owner):
         """Add a Python link: an object with ``send(memoryview) -> int`` and ``recv_into(memoryview) -> int``.
 
@@ -186,6 +241,11 @@ cdef class Engine:
         if not 0 <= which < self.links_to(peer):
             raise ValueError(f"there is no link {which} to rank {peer}")
         return self.core.links[<int>(<list>self.link_table[peer])[which]]
+
+    @property
+    def shares_memory(self):
+        """Whether some link goes through shared memory: then who submits must see to it that ``progress`` is called before he sleeps."""
+        return self.core.shared_count > 0
 
     def fileno(self):
         """The descriptor that is readable when progress is possible."""
@@ -262,12 +322,20 @@ cdef class Engine:
             handle.sequence = work.sequence
             status = core_progress(&self.core, budget)
         self._after()
-        if status == PROGRESS_BUDGET and handle.state != STATE_FLYING:
+        if handle.state != STATE_FLYING and (status == PROGRESS_BUDGET or self.core.active_count and self.rest()):
             self.wake()                         # the caller is served and may not come back, but others may wait for the rest
         return status
 
     def progress(self, Py_ssize_t budget):
-        """Move what can be moved, up to about ``budget`` bytes; return IDLE, BLOCKED or BUDGET."""
+        """Move what can be moved, up to about ``budget`` bytes; return IDLE, BLOCKED or BUDGET.
+
+        After IDLE and BLOCKED the descriptor becomes readable when there is more to do: the caller may sleep on it.
+        """
+        cdef int status = self.advance(budget)
+        return PROGRESS_BUDGET if status != PROGRESS_BUDGET and self.rest() else status
+
+    cdef int advance(self, Py_ssize_t budget) except -1:
+        """As ``progress``, for callers that will ask again: before anyone sleeps, ``rest`` must say that he may."""
         cdef int status
         self.lock()
         if self.closed:
@@ -277,6 +345,16 @@ cdef class Engine:
             status = core_progress(&self.core, budget)
         self._after()
         return status
+
+    cdef bint rest(self) except -1:
+        """Arm the descriptor before a sleep; True if there is something to do already."""
+        cdef bint busy
+        if self.core.shared_count == 0:
+            return False
+        self.lock()
+        busy = not self.closed and core_rest(&self.core)
+        self.unlock()
+        return busy
 
     cdef int _after(self) except -1:
         """Tell the outcome of finished works, with the lock held on entry and released on return."""
@@ -422,6 +500,7 @@ cdef class Engine:
         cdef int i
         for i in range(self.core.link_count):
             link_close(&self.core, self.core.links[i])
+        self._unmap()
         self._close_poll_set()
 
     cdef void _close_poll_set(self):
@@ -441,6 +520,7 @@ cdef class Engine:
         for i in range(self.core.link_count):
             link = self.core.links[i]
             link.rx_dead = link.tx_dead = link.lost = True
+            ring_unmap(link)
             if link.fd >= 0:
                 close(link.fd)
                 link.fd = -1

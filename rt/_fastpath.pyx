@@ -19,10 +19,11 @@ from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_AS_STRING, PyBytes
 from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetInterrupt, PyErr_WriteUnraisable
-from libc.errno cimport EAGAIN, EINTR, EPIPE, ECONNRESET, errno
-from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.errno cimport EAGAIN, EINTR, EPIPE, EPROTO, ECONNRESET, errno
+from libc.stdint cimport int16_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memmove, memset
+from posix.types cimport off_t
+from libc.string cimport memcmp, memcpy, memset
 
 cimport numpy as cnp
 
@@ -56,6 +57,35 @@ cdef extern from "_poll.h" nogil:
     double rt_now()
     int rt_poll_sleep(int fd_a, int fd_b, double seconds)
 
+cdef extern from "_ring.h" nogil:
+    int RT_RING_HEAD_BYTES, RT_RING_UNIT
+    ctypedef struct rt_ring:
+        uint64_t at
+        uint64_t capacity
+    void rt_ring_open(rt_ring *ring, void *memory, uint64_t capacity)
+    int64_t rt_ring_room(rt_ring *ring)
+    int rt_ring_has_news(const rt_ring *ring)
+    int rt_ring_has_room(const rt_ring *ring)
+    void rt_ring_pause()
+    int64_t rt_ring_held(rt_ring *ring)
+    int64_t rt_ring_peek(rt_ring *ring, const char **data)
+    void rt_ring_put(rt_ring *ring, const char *source, size_t nbytes)
+    int rt_ring_publish(rt_ring *ring)
+    void rt_ring_consume(rt_ring *ring, size_t nbytes)
+    int rt_ring_writer_waits(rt_ring *ring)
+    int rt_ring_reader_may_sleep(rt_ring *ring)
+    int rt_ring_writer_may_sleep(rt_ring *ring)
+    void rt_ring_reader_awake(rt_ring *ring)
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
+    int munmap(void *address, size_t length)
+    int PROT_READ, PROT_WRITE, MAP_SHARED
+    void *MAP_FAILED
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 cdef extern from "<sys/uio.h>" nogil:
     cdef struct iovec:
         void *iov_base
@@ -65,6 +95,8 @@ cdef extern from "<sys/socket.h>" nogil:
     cdef struct msghdr:
         iovec *msg_iov
         size_t msg_iovlen
+    ssize_t send(int fd, const void *buffer, size_t nbytes, int flags)
+    ssize_t recv(int fd, void *buffer, size_t nbytes, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     ssize_t recvmsg(int fd, msghdr *message, int flags)
     int shutdown(int fd, int how)
@@ -116,6 +148,8 @@ cdef enum:
     # Sent in one frame: with its header just under four segments of the loopback interface (65483 bytes). A frame a little larger ends
     # in a segment of a few bytes that costs as much as a full one: 64 MiB between two ranks took 31.6 ms instead of 27.7.
     FRAME_SENT = 261904
+    PIECE_BYTES = 32768      # of a ring: written before it is shown, read before its room is given back
+    YIELDS = 10              # rounds of letting others run before a sleep, where cores are scarce
     STAGE_BYTES = 4096       # read ahead of the current payload: small frames cost one system call, large ones a copy of 1.6 %
     EAGER_MOST = 65536 + 96  # bytes per channel and link that may be sent before the peer's OPEN: 64 KiB, its header and an OPEN
     FRAMES_QUEUED = 16
@@ -306,6 +340,14 @@ cdef struct Link:
     PyObject *owner          # the Python link behind a forwarding one
     transfer_fn send
     transfer_fn recv
+    # Bytes go through rings in memory shared with the peer; the socket carries only wake-ups, and ends with the peer.
+    bint shared
+    bint asked               # the peer was told that this side sleeps
+    uint32_t owed            # bytes consumed since the writer was last looked at
+    rt_ring tx
+    rt_ring rx
+    void *memory
+    size_t memory_bytes
     bint readable
     bint writable
     bint hangup
@@ -322,6 +364,7 @@ cdef struct Link:
     bint in_frame
     int target
     Header header
+    uint32_t header_have     # bytes of the next header that came
     uint32_t left            # payload bytes not yet taken from the stream
     char open_bytes[SIGNATURE_BYTES]
     StreamState *stream
@@ -366,6 +409,7 @@ cdef struct Core:
     int wake_write
     int link_count
     int link_room
+    int shared_count
     Link **links
     int turn
     Py_ssize_t budget
@@ -397,8 +441,10 @@ FLYING, DONE, FAILED = STATE_FLYING, STATE_DONE, STATE_FAILED
 IDLE, BLOCKED, BUDGET = PROGRESS_IDLE, PROGRESS_BLOCKED, PROGRESS_BUDGET
 LOST, CLOSED, MISMATCH, PROTOCOL = EVENT_LOST, EVENT_CLOSED, EVENT_MISMATCH, EVENT_PROTOCOL
 
+include "_arrays.pxi"
 include "_program.pxi"
 include "_links.pxi"
+include "_shared.pxi"
 include "_receive.pxi"
 include "_send.pxi"
 include "_works.pxi"

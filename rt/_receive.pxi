@@ -229,7 +229,7 @@ cdef bint set_aside(Core *core, Link *link) noexcept nogil:
     cdef Stash *entry
     if link.rx_dead or not link.in_frame or link.target != TO_STREAM or link.left or not link.scratch_len:
         return False
-    if not (link.readable or link.stage_pos < link.stage_len) or not others_wait(core, link, state.work):
+    if not more_behind(link) or not others_wait(core, link, state.work):
         return False
     entry = stash_new(link, link.scratch_len)
     if entry == NULL:
@@ -240,6 +240,12 @@ cdef bint set_aside(Core *core, Link *link) noexcept nogil:
     link.scratch_pos = link.scratch_len = 0
     frame_end(core, link)
     return True
+
+
+cdef inline bint more_behind(Link *link) noexcept nogil:
+    if link.shared:
+        return rt_ring_held(&link.rx) > 0
+    return link.readable or link.stage_pos < link.stage_len
 
 
 cdef bint others_wait(Core *core, Link *link, WorkState *work) noexcept nogil:
@@ -261,19 +267,21 @@ cdef bint others_wait(Core *core, Link *link, WorkState *work) noexcept nogil:
 
 
 cdef void frame_take(Core *core, Link *link, const char *data, uint32_t nbytes) noexcept nogil:
-    """Take payload bytes that were staged."""
+    """Take payload bytes that lie in the stage or in a ring."""
     cdef uint32_t at = link.header.length - link.left
+    cdef uint32_t used = 0
     if link.target == TO_OPEN:
         memcpy(link.open_bytes + at, data, nbytes)
     elif link.target == TO_STASH:
         memcpy(link.stash.data + at, data, nbytes)
     elif link.target == TO_STREAM:
-        if land_room(link):
-            apply_bytes(core, link.stream, data, nbytes)
-        else:
-            rt_check(link.scratch_pos + link.scratch_len + nbytes <= core.scratch_room)
-            memcpy(link.scratch + link.scratch_pos + link.scratch_len, data, nbytes)
-            link.scratch_len += nbytes
+        # From a stage only as a whole: the rest of the frame is better read to where it belongs than behind a part in the scratch.
+        if land_room(link) or link.shared and not link.scratch_len and link.stream.stash == NULL:
+            used = <uint32_t>apply_bytes(core, link.stream, data, nbytes)
+        if used < nbytes:
+            rt_check(link.scratch_pos + link.scratch_len + nbytes - used <= core.scratch_room)
+            memcpy(link.scratch + link.scratch_pos + link.scratch_len, data + used, nbytes - used)
+            link.scratch_len += nbytes - used
     link.left -= nbytes
 
 
@@ -308,35 +316,44 @@ cdef bint frame_end(Core *core, Link *link) noexcept nogil:
     return True
 
 
-cdef bint parse_stage(Core *core, Link *link) noexcept nogil:
-    """Take frames out of the stage; False if the link can take nothing more for now."""
-    cdef uint32_t have
+cdef bint parse(Core *core, Link *link, const char *data, uint32_t have, uint32_t *used) noexcept nogil:
+    """Take frames out of bytes that lie in the stage or in a ring: all of them, or False if the link can take nothing more for now.
+
+    ``used`` counts the bytes of ``data`` that were taken.
+    """
     cdef uint32_t nbytes
     while not link.rx_dead:
+        nbytes = have - used[0]
         if link.in_frame:
-            have = link.stage_len - link.stage_pos
-            nbytes = link.left if link.left < have else have
+            if nbytes > link.left:
+                nbytes = link.left
             if nbytes:
-                frame_take(core, link, link.stage + link.stage_pos, nbytes)
-                link.stage_pos += nbytes
+                frame_take(core, link, data + used[0], nbytes)
+                used[0] += nbytes
             if link.scratch_len:
                 drain_scratch(core, link)
             if link.left:
-                break
+                return True
             if not frame_end(core, link):
                 return False
             continue                            # the frame may have ended the link
-        if link.stage_len - link.stage_pos < HEADER_BYTES:
-            break
-        memcpy(&link.header, link.stage + link.stage_pos, HEADER_BYTES)
-        link.stage_pos += HEADER_BYTES
+        if nbytes > HEADER_BYTES - link.header_have:
+            nbytes = HEADER_BYTES - link.header_have
+        memcpy(<char *>&link.header + link.header_have, data + used[0], nbytes)
+        used[0] += nbytes
+        link.header_have += nbytes
+        if link.header_have < HEADER_BYTES:
+            return True
+        link.header_have = 0
         frame_begin(core, link)
-    if link.rx_dead:
+    return False
+
+
+cdef bint parse_stage(Core *core, Link *link) noexcept nogil:
+    """Take frames out of the stage; False if the link can take nothing more for now."""
+    if not parse(core, link, link.stage, link.stage_len, &link.stage_pos):
         return False
-    if link.stage_pos:
-        memmove(link.stage, link.stage + link.stage_pos, link.stage_len - link.stage_pos)
-        link.stage_len -= link.stage_pos
-        link.stage_pos = 0
+    link.stage_pos = link.stage_len = 0
     return True
 
 
@@ -354,6 +371,8 @@ cdef bint link_receive(Core *core, Link *link) noexcept nogil:
     cdef Step *step
     if link.rx_dead:
         return False
+    if link.shared:
+        return ring_receive(core, link)
     if link.scratch_len or link.stage_len:
         # Left over from before: a frame that had to wait for its hazards, and what was read behind it.
         moved = drain_scratch(core, link)

@@ -162,7 +162,7 @@ cdef void frame_pop(Core *core, Link *link, Frame *frame) noexcept nogil:
             work_finish(core, work, STATE_DONE)
     elif frame.type == FRAME_GOODBYE:
         link.goodbye_sent = True
-        if link.fd >= 0:
+        if link.fd >= 0 and not link.shared:    # in shared memory the peer must still be woken
             shutdown(link.fd, SHUT_WR)
 
 
@@ -233,7 +233,7 @@ cdef bint link_transmit(Core *core, Link *link) noexcept nogil:
         link.writable = True
     if n < 0:
         if n == -EAGAIN:
-            if link.fd >= 0:
+            if link.fd >= 0 and not link.shared:
                 link.writable = False
             return False
         link.tx_dead = True
@@ -241,7 +241,7 @@ cdef bint link_transmit(Core *core, Link *link) noexcept nogil:
         return True
     core.budget -= n
     link.bytes_out += n
-    if <size_t>n < total and link.fd >= 0:
+    if <size_t>n < total and link.fd >= 0 and not link.shared:
         link.writable = False
     frames_sent(core, link, n)
     return True

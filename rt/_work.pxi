@@ -182,24 +182,30 @@ def turn(Engine engine not None, Py_ssize_t budget, double spin):
 
     A sleep and a wake-up cost more than that, and where several works are in flight there is other work to do.
     """
-    cdef int status = engine.progress(budget)
+    cdef int status = engine.advance(budget)
     cdef double until
     if spin > 0 and status == PROGRESS_BLOCKED and engine.core.active_count == 1:
         until = rt_now() + spin
         while status == PROGRESS_BLOCKED and rt_now() < until:
-            status = engine.progress(budget)
-    return status
+            if engine.core.shared_count:
+                engine.watch(until)
+            status = engine.advance(budget)
+    elif status == PROGRESS_BLOCKED and engine.core.shared_count and engine.core.active_count == 1:
+        if engine.give_way():
+            status = engine.advance(budget)
+    return PROGRESS_BUDGET if status == PROGRESS_BLOCKED and engine.rest() else status
 
 
 cdef enum:
     BLOCKED_MILLISECONDS = 500              # before a blocked thread says so: long enough to be rare, short for who waits for ever
 
 
-def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None, double seconds, double spin, bint alone):
+def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None, double seconds, double spin, alone):
     """Drive the engine until a work ends; return False if ``seconds`` (negative: for ever) ended first.
 
     Spins for at most ``spin`` seconds before each sleep. Signals are handled while it sleeps (so Ctrl-C raises), and every so often
-    while it is busy. ``alone``: no other thread makes calls, so two ranks that block in different calls can be told (_deadlock.pxi).
+    while it is busy. ``alone``, asked before the first sleep: whether no other thread can make a call, so that two ranks that
+    block in different calls can be told (_deadlock.pxi); None: no.
     """
     cdef double deadline = rt_now() + seconds if seconds >= 0 else -1
     cdef double until, now, signals = rt_now() + 0.05
@@ -213,7 +219,7 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
         while handle.state == STATE_FLYING:
             until = rt_now() + spin
             while True:
-                status = engine.progress(1 << 24)
+                status = engine.advance(1 << 24)
                 if handle.state != STATE_FLYING:
                     return True
                 now = rt_now()
@@ -224,15 +230,21 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
                     return False
                 if status != PROGRESS_BUDGET and now >= until:
                     break
+                if status == PROGRESS_BLOCKED and engine.core.shared_count:
+                    engine.watch(until)
+            if spin <= 0 and engine.core.shared_count and engine.give_way() or engine.rest():
+                continue
             rest = deadline - now if deadline >= 0 else -1
-            if alone and (rest < 0 or rest > 1e-3 * BLOCKED_MILLISECONDS):
+            if alone is not None and not alone():
+                alone = None
+            if alone is not None and (rest < 0 or rest > 1e-3 * BLOCKED_MILLISECONDS):
                 rest = 1e-3 * BLOCKED_MILLISECONDS
             with nogil:
                 slept = rt_poll_sleep(engine.core.poll_set, sleeper.fds[0], rest)
             if slept < 0:
                 PyErr_CheckSignals()
-            elif slept == 0 and alone:
-                alone = False                   # said once
+            elif slept == 0 and alone is not None:
+                alone = None                    # said once
                 blocking = handle.pending()
                 engine.lock()
                 if blocking.work != NULL:

@@ -340,6 +340,9 @@ cdef void take_events(Core *core) noexcept nogil:
                 rt_wake_drain(core.wake_read)
                 continue
             link = core.links[ready[i].token - 1]
+            if link.shared:
+                ring_answer(link)
+                continue
             if ready[i].flags & RT_POLL_READ:
                 link.readable = True
             if ready[i].flags & RT_POLL_WRITE:
@@ -389,6 +392,9 @@ cdef int core_progress(Core *core, Py_ssize_t budget) noexcept nogil:
         if not moved and core.active_count > 1:
             for i in range(core.link_count):
                 moved |= set_aside(core, core.links[i])
+    if core.shared_count:
+        for i in range(core.link_count):
+            ring_settle(core.links[i])
     if core.any_goodbye and core.active_first != NULL:
         check_goodbyes(core)
     if moved:

@@ -33,26 +33,38 @@ class LoopDriver:
         self.thread = threading.get_ident()
         self.turned = time.monotonic()
         self._engine = engine
-        self._scheduled = False
+        self._scheduled = False  # a turn was asked of the loop
+        self._due = False  # and is still needed
         self._fd = engine.fileno()
         loop.add_reader(self._fd, self._readable)
 
     def _readable(self) -> None:
         # Not while a turn is scheduled: it would schedule a second one, and with every event the loop would do more turns at a time.
-        if not self._scheduled:
+        if self._scheduled:
+            self._due = True
+        else:
             self.spin()
 
     def _turn(self) -> None:
         self._scheduled = False
-        self.spin()
+        if self._due:
+            self.spin()
 
     def spin(self) -> None:
         """Make progress, and poll for a moment where that pays (see ``_fastpath.turn``)."""
-        self.follow(_fastpath.turn(self._engine, BUDGET_BYTES, self._spin_seconds))
+        self._due = False
+        if _fastpath.turn(self._engine, BUDGET_BYTES, self._spin_seconds) == _fastpath.BUDGET:
+            self._ask()
 
     def follow(self, status: int) -> None:
-        """Do what the engine's last answer asks for."""
-        if status == _fastpath.BUDGET and not self._scheduled:
+        """Do what the engine's answer to a submit asks for."""
+        # Shared memory wakes nobody who has not asked; that is done by a turn, and if an await makes it first, so much the better.
+        if status == _fastpath.BUDGET or (status == _fastpath.BLOCKED and self._engine.shares_memory):
+            self._ask()
+
+    def _ask(self) -> None:
+        self._due = True
+        if not self._scheduled:
             self._scheduled = True
             self.loop.call_soon(self._turn)
 
@@ -89,13 +101,15 @@ class Work(_fastpath.Work):
         about: dtype and size, for messages.
     """
 
-    def __init__(self, group: CoreGroup, what: str = "", about: str = "") -> None:
+    # Of the class until they differ: a work is made for every call.
+    what = ""
+    about = ""
+    borrows_source = False
+    borrows_target = False
+    _limit: tuple[float, float] | None = None  # seconds, and when they end, until some loop watches it
+
+    def __init__(self, group: CoreGroup) -> None:
         self.group = group
-        self.what = what
-        self.about = about
-        self.borrows_source = False
-        self.borrows_target = False
-        self._limit: tuple[float, float] | None = None  # seconds, and when they end, until some loop watches it
 
     def __await__(self) -> Generator[Any, None, Any]:
         loop = asyncio.get_running_loop()

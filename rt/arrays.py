@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rt import _fastpath
 from rt.aio import Work
 from rt.dtypes import DType, code_of, numpy_dtype
 
@@ -198,6 +199,9 @@ def target(out: Any, shape: tuple[int, ...], like_array: Array | None, what: str
         dtype = like_array.dtype
     if out is None:
         return np.empty(shape, dtype)
+    if like_array is not None and like_array.shape == shape and _fastpath.lies_like(out, like_array):
+        work.hand_out, work.borrows_target = None, True
+        return out  # type: ignore[no-any-return]
     items = written(out, shape, dtype, what)
     work.hand_out = None if items is out else lambda _: out
     work.borrows_target = True
@@ -236,6 +240,8 @@ def aliasing(x: Any, items: Array, out: Array, what: str, allowed: set[tuple[int
     Args:
         x: what the caller passed; ``items`` may be a copy of it, and still the call would change what x holds.
     """
+    if items is x and _fastpath.lie_apart(items, out):
+        return None
     given = items if items is x or items.base is not None else view(x, what).array  # what is not x and has no base is a copy
     if not np.may_share_memory(given, out):
         return None

@@ -12,8 +12,10 @@ Steps, all under one deadline, with ranks started in any order:
 3. *Up.* A first all-gather round the ring carries each host's description; when it is through, every rank is known to listen.
    From then on a pair that cannot connect is given up (one more attempt, two seconds at most): with one cable per pair of
    neighbours it never will.
-4. *Rows.* A second all-gather carries what each rank dialled. A dialler has a connection only after the acceptor proved to have it
-   (the last message of the handshake), so the dialler's word speaks for both ends, and all ranks compute the same pairs.
+   Pairs of one host now try to share memory (``transports.shm``).
+4. *Rows.* A second all-gather carries what each rank dialled, and with which of them it shares memory. A dialler has a connection only
+   after the acceptor proved to have it (the last message of the handshake), so the dialler's word speaks for both ends, and all ranks
+   compute the same pairs.
 """
 
 from __future__ import annotations
@@ -25,19 +27,20 @@ import os
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rt.config import RingConfig
 from rt.errors import RendezvousError, RTError
 from rt.rendezvous import Rendezvous
-from transports import tcp
+from transports import shm, tcp
 from transports.handshake import Acceptor, Hello, Identity, Purpose, Reason, Refused, greet
 from transports.tcp import Address, Streams
 
 _GRACE_SECONDS = 2.0
 _CONNECT_SECONDS = 5.0
 _FAREWELL_SECONDS = 1.0
+_SHARE_SECONDS = 2.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25
 _log = logging.getLogger("rt")
 
@@ -50,16 +53,17 @@ class HostInfo:
     boot_id: str
     pid_namespace: int
     pid: int
+    shm: str = ""  # name under which it takes memory to share; empty: it shares none
 
     @classmethod
-    def mine(cls) -> HostInfo:
+    def mine(cls, shm: str = "") -> HostInfo:
         """Describe this process; what the system does not offer is empty and equals nothing."""
         boot_id, namespace = "", 0
         with suppress(OSError):  # not Linux
             with open("/proc/sys/kernel/random/boot_id") as file:
                 boot_id = file.read().strip()
             namespace = os.stat("/proc/self/ns/pid").st_ino
-        return cls(socket.gethostname(), boot_id, namespace, os.getpid())
+        return cls(socket.gethostname(), boot_id, namespace, os.getpid(), shm)
 
     def sees(self, other: HostInfo) -> bool:
         """Whether ``other.pid`` means that process here."""
@@ -77,6 +81,9 @@ class Wiring:
         control: per directly connected peer its control connection.
         direct: pairs (a, b), a < b, that are connected directly; the same on all ranks.
         hosts: per rank its host and process.
+        memory: per peer with which it is shared the descriptor of the memory, the receiver's to close, and whether this rank is the first
+            of the two; it holds the rings of k links.
+        ring_bytes: capacity of each of those rings.
     """
 
     rank: int
@@ -85,6 +92,8 @@ class Wiring:
     control: dict[int, Streams]
     direct: frozenset[tuple[int, int]]
     hosts: tuple[HostInfo, ...]
+    memory: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    ring_bytes: int = 0
 
 
 def neighbours(rank: int, size: int) -> set[int]:
@@ -147,6 +156,9 @@ class _Forming:
         self._sockets: dict[int, dict[tuple[int, int], socket.socket]] = {rank: {} for rank in range(self._size)}
         self._streams: dict[int, Streams] = {}
         self._present: set[int] = {self._rank}
+        self._memory: dict[int, int] = {}
+        self._ring_bytes: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._sharing = shm.listen() if config.shm and shm.SUPPORTED else None
         self._rows: asyncio.Queue[Any] = asyncio.Queue()
         self._tried: dict[int, dict[str, str]] = {}
 
@@ -160,31 +172,43 @@ class _Forming:
             if peer != self._rank and dials(self._rank, peer, self._size)
         }
         await self._until(lambda: self._neighbours <= self._streams.keys())
-        hosts = await self._all_gather(asdict(HostInfo.mine()))
+        name = ""
+        if self._sharing is not None:
+            name = shm.name_of(self._sharing)
+            self._acceptor.add([self._sharing])
+        hosts = [HostInfo(**host) for host in await self._all_gather(asdict(HostInfo.mine(name)))]
         self._all_up.set()
         self._present = set(range(self._size))
+        mine = hosts[self._rank]
+        same = {peer for peer, host in enumerate(hosts) if mine.shm and host.shm and mine.boot_id and mine.boot_id == host.boot_id}
+        self._ring_bytes.set_result(shm.ring_bytes(len(same), self._connections))
+        sharing = [tasks.create_task(self._offer_memory(peer, hosts[peer].shm)) for peer in same & dialling.keys()]
         if dialling:
             _, late = await asyncio.wait(dialling.values(), timeout=_GRACE_SECONDS)
             for task in late:
                 task.cancel()
-        rows = await self._all_gather([peer for peer in dialling if self._is_complete(peer)])
+        await asyncio.gather(*sharing)
+        reached = [peer for peer in dialling if self._is_complete(peer)]
+        rows = await self._all_gather([reached, [peer for peer in reached if peer in self._memory]])
         self._say({"formed": True})
         await asyncio.wait(attending)
-        direct = frozenset((min(a, b), max(a, b)) for a, row in enumerate(rows) for b in row)
-        return await self._wire(direct, tuple(HostInfo(**host) for host in hosts))
+        direct = frozenset((min(a, b), max(a, b)) for a, row in enumerate(rows) for b in row[0])
+        shared = [(a, b) for a, row in enumerate(rows) for b in row[1]]
+        return await self._wire(direct, shared, tuple(hosts))
 
-    async def _wire(self, direct: frozenset[tuple[int, int]], hosts: tuple[HostInfo, ...]) -> Wiring:
+    async def _wire(self, direct: frozenset[tuple[int, int]], shared: list[tuple[int, int]], hosts: tuple[HostInfo, ...]) -> Wiring:
         peers = sorted(a + b - self._rank for a, b in direct if self._rank in (a, b))
         await self._complete(peers)  # an acceptor may be told of a connection a moment before it takes note of it
         control = {peer: await self._stream_to(peer) for peer in peers}
+        memory = {a + b - self._rank: (self._memory.pop(a + b - self._rank), a == self._rank) for a, b in shared if self._rank in (a, b)}
         data = {peer: [self._sockets[peer][Purpose.DATA, i] for i in range(self._connections)] for peer in peers}
         for peer in peers:
             tcp.keep_alive(control[peer][1].get_extra_info("socket"), relays=2 * len(direct) < self._size * (self._size - 1))
             ends = ", ".join(f"{tcp.show(sock.getsockname())} - {tcp.show(sock.getpeername())}" for sock in data[peer])
-            _log.info("rank %d: rank %d over tcp: %s", self._rank, peer, ends)
+            _log.info("rank %d: rank %d over %s: %s", self._rank, peer, "shm and tcp" if peer in memory else "tcp", ends)
             self._sockets[peer] = {}  # they belong to the caller now, as the streams do
         self._streams = {}
-        return Wiring(self._rank, self._size, data, control, direct, hosts)
+        return Wiring(self._rank, self._size, data, control, direct, hosts, memory, self._ring_bytes.result())
 
     # Connections
 
@@ -195,10 +219,13 @@ class _Forming:
             return None if self._rendezvous.expects() else Reason.PURPOSE
         if not dials(hello.sender, self._rank, self._size):
             return Reason.SENDER
-        connections = {int(Purpose.CONTROL): 1, int(Purpose.DATA): self._connections}
+        connections = {int(Purpose.CONTROL): 1, int(Purpose.DATA): self._connections, int(Purpose.SHARED): int(self._sharing is not None)}
         return None if hello.index < connections.get(hello.purpose, 0) else Reason.PURPOSE
 
     def _deliver(self, hello: Hello, sock: socket.socket) -> None:
+        if hello.purpose == Purpose.SHARED:
+            self._tasks.create_task(self._take_memory(hello.sender, sock))
+            return
         tcp.no_delay(sock)
         if hello.purpose == Purpose.RENDEZVOUS:
             self._tasks.create_task(self._rendezvous.enrol(hello.sender, sock))
@@ -266,6 +293,32 @@ class _Forming:
             raise
         self._tried[peer].pop(tcp.show(address), None)
         return sock
+
+    # Shared memory
+
+    async def _offer_memory(self, peer: int, name: str) -> None:
+        try:
+            async with asyncio.timeout(_SHARE_SECONDS):
+                with await shm.connect(name) as sock:
+                    await greet(sock, self._me, peer, Purpose.SHARED, 0)
+                    self._memory[peer] = await shm.offer(sock, await self._memory_bytes())
+        except (OSError, Refused) as error:  # a time-out is an OSError, too
+            _log.info("rank %d: no shared memory with rank %d: %s", self._rank, peer, error or type(error).__name__)
+
+    async def _memory_bytes(self) -> int:
+        """What one pair shares: known when all hosts are, which others may know a moment before this rank."""
+        return self._connections * shm.stride(await self._ring_bytes)
+
+    async def _take_memory(self, peer: int, sock: socket.socket) -> None:
+        with sock:
+            try:
+                fd = await shm.accept(sock, await self._memory_bytes())
+            except OSError as error:
+                _log.info("rank %d: no shared memory with rank %d: %s", self._rank, peer, error)
+                return
+        if peer in self._memory:
+            os.close(self._memory.pop(peer))
+        self._memory[peer] = fd
 
     def _is_complete(self, peer: int) -> bool:
         return len(self._sockets[peer]) == 1 + self._connections
@@ -370,6 +423,10 @@ class _Forming:
     async def clean_up(self) -> None:
         """Close whatever the wiring did not take over."""
         await self._acceptor.close()
+        if self._sharing is not None:
+            self._sharing.close()
+        for fd in self._memory.values():
+            os.close(fd)
         for peer in self._streams:
             del self._sockets[peer][Purpose.CONTROL, 0]  # the stream closes it
         for sockets in self._sockets.values():

@@ -53,6 +53,8 @@ class RingConfig:
         connect_timeout: seconds until the ranks must have met.
         timeout: seconds a collective may take, None for ever.
         secret: what connections prove to know.
+        shm: whether this rank shares memory with ranks of its host that do so too, and can.
+        spin: seconds a lone work is polled before a sleep, None for what fits the number of cores.
         coordinator_fd: rank 0 only: an inherited listening socket for ``coordinator``.
         source: what configured this, for messages, for example ``RT_RANK, RT_HOSTFILE``.
     """
@@ -67,6 +69,8 @@ class RingConfig:
     connect_timeout: float
     timeout: float | None
     secret: Secret
+    shm: bool
+    spin: float | None
     coordinator_fd: int | None
     source: str
 
@@ -102,6 +106,7 @@ def resolve_ring(
     connect_timeout: float | None = None,
     timeout: float | None = None,
     secret: bytes | str | None = None,
+    shm: bool | None = None,
     mpi_ok: bool = False,
     environ: Environ = os.environ,
 ) -> RingConfig | None:
@@ -116,6 +121,7 @@ def resolve_ring(
         connect_timeout: seconds; ``RT_CONNECT_TIMEOUT``, default 60.
         timeout: seconds per collective; ``RT_TIMEOUT``, default for ever.
         secret: at least 16 bytes or characters; see :func:`rt.secret.resolve_secret`.
+        shm: share memory with ranks of this host; ``RT_SHM`` (1 or 0), default true.
         mpi_ok: let the ranks of Open MPI, MPICH or Slurm count, together with a coordinator.
         environ: the environment.
 
@@ -146,6 +152,8 @@ def resolve_ring(
         connect_timeout=60.0 if wait is None else wait,
         timeout=_seconds(_pick("timeout", timeout, "RT_TIMEOUT", environ)),
         secret=resolve_secret(secret, [host for host, _ in _known(place)], environ),
+        shm=_shares(shm, environ),
+        spin=_spin(environ),
         coordinator_fd=place.coordinator_fd,
         source=place.source,
     )
@@ -230,6 +238,26 @@ def _pick(keyword: str, value: object, variable: str, environ: Environ) -> _Give
     if value is not None:
         return _Given(f"keyword {keyword}", value)
     return _Given(variable, environ[variable]) if variable in environ else None
+
+
+def _shares(keyword: bool | None, environ: Environ) -> bool:
+    if keyword is not None:
+        if not isinstance(keyword, bool):
+            raise ConfigError(f"keyword shm: found {keyword!r}, expected True or False")
+        return keyword
+    value = environ.get("RT_SHM", "1")
+    if value not in ("0", "1"):
+        raise ConfigError(f"RT_SHM: found {value!r}, expected 1 or 0")
+    return value == "1"
+
+
+def _spin(environ: Environ) -> float | None:
+    text = environ.get("RT_SPIN_US")
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise ConfigError(f"RT_SPIN_US: found {text!r}, expected a number of microseconds >= 0")
+    return int(text) / 1e6
 
 
 def _meeting(coordinator: object, hostfile: object, environ: Environ) -> _Given | None:

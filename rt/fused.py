@@ -157,7 +157,8 @@ class Works(Work):
     """
 
     def __init__(self, parts: list[Work], about: str, on_give_back: Callable[[], None]) -> None:
-        super().__init__(parts[0].group, parts[0].what, about)
+        super().__init__(parts[0].group)
+        self.what, self.about = parts[0].what, about
         self.parts = parts
         self._on_give_back = on_give_back
         self._flying = parts[::-1]

@@ -68,7 +68,9 @@ class Call(NamedTuple):
     part: str = ""
 
 
-class _Ready(NamedTuple):
+class Ready(NamedTuple):
+    """What a call needs that was computed once."""
+
     program: _fastpath.Program
     signature: bytes  # or one for every rank
     channel: int
@@ -104,7 +106,8 @@ class CoreGroup:
         self.failure: Callable[..., RTError] | None = None  # of a work; True behind it: of a call that came after the failure
         self.splits = 0
         self.object_orders: dict[tuple[Any, ...], Order] = {}
-        self._plans: dict[Call, _Ready] = {}
+        self._plans: dict[Call, Ready] = {}
+        self.reductions: dict[tuple[Any, ...], Ready] = {}  # those of all_reduce, by what ``collectives`` finds them
         self._recent: list[tuple[int, bytes]] = [(-1, b"")] * _RECENT
         if self.engine is not None and world is not None:
             self.full_mesh = all((min(a, b), max(a, b)) in world.direct for a in self.ranks for b in self.ranks if a != b)
@@ -114,11 +117,12 @@ class CoreGroup:
 
     def submit(self, what: str, call: Call, source: Any, target: Any, work: Work, budget: int = BUDGET_BYTES) -> None:
         """Start ``work``; arguments are checked by now. Raises the group's error if it is broken or closed."""
+        self.start(what, self._plans.get(call) or self.plan(call), source, target, work, budget)
+
+    def start(self, what: str, ready: Ready, source: Any, target: Any, work: Work, budget: int = BUDGET_BYTES) -> None:
+        """As ``submit``, with a plan that was made before."""
         assert self.engine is not None
         work.what = what
-        ready = self._plans.get(call)
-        if ready is None:
-            ready = self._plan(call)
         work.about = ready.about
         if self.failure is not None:
             raise self.failure(work, True)
@@ -145,7 +149,8 @@ class CoreGroup:
                 return ready.program.name
         return None
 
-    def _plan(self, call: Call) -> _Ready:
+    def plan(self, call: Call) -> Ready:
+        """Choose and compile what carries out a call; plans are kept."""
         row_items = _count(call.shape[1:])
         from rt.choose import choose  # all algorithms: 10 ms, which ``import rt`` and a group of one are spared
 
@@ -169,9 +174,10 @@ class CoreGroup:
             about = "object" if call.part == "header" else f"object, a piece of {nbytes} B"
         pairs = call.kind is Collective.ALL_TO_ALL_V
         signature = self._signatures_of_pairs(call, schedule.name) if pairs else self._signature(call, nbytes, schedule.name)
-        ready = _Ready(program, signature, self._channel(call), about)
+        ready = Ready(program, signature, self._channel(call), about)
         if len(self._plans) >= _PLANS_MOST:
             self._plans.clear()
+            self.reductions.clear()
         self._plans[call] = ready
         return ready
 

@@ -142,7 +142,8 @@ class ObjectWork(Work):
     """A call that moves objects: a work made of works."""
 
     def __init__(self, group: CoreGroup, what: str, order: Order, own: Message | None) -> None:
-        super().__init__(group, what, "object")
+        super().__init__(group)
+        self.what, self.about = what, "object"
         self.left = 0  # works of this stage that have not ended
         self._order = order
         self._own = own

@@ -57,14 +57,18 @@ def _wait(work: Work, timeout: float | None) -> Any:
         if sleeper is None:
             sleeper = _local.sleeper = _fastpath.Sleeper()
         try:
-            alone = threading.active_count() <= _OWN_THREADS
-            if not _fastpath.wait(core.engine, work, sleeper, -1.0 if timeout is None else timeout, core.world.spin, alone):
+            if not _fastpath.wait(core.engine, work, sleeper, -1.0 if timeout is None else timeout, core.world.spin, _alone):
                 core.world.timed_out(work, timeout or 0.0)
-                _fastpath.wait(core.engine, work, sleeper, -1.0, 0.0, False)
+                _fastpath.wait(core.engine, work, sleeper, -1.0, 0.0, None)
         except BaseException:
             work.give_back()
             raise
     return work.outcome()
+
+
+def _alone() -> bool:
+    """Say whether no thread but this one can make a call."""
+    return threading.active_count() <= _OWN_THREADS
 
 
 class _Blocking(Api[Any]):
@@ -157,6 +161,7 @@ def init(
     connect_timeout: float | None = None,
     timeout: float | None = None,
     secret: bytes | str | None = None,
+    shm: bool | None = None,
 ) -> Group:
     """Form the group of all ranks, or return it if it has formed; block until the others are there.
 
@@ -169,6 +174,7 @@ def init(
         connect_timeout: seconds until the ranks must have met (60).
         timeout: seconds a collective may take by default (for ever).
         secret: what connections prove to know.
+        shm: False to go over TCP between ranks of one host, too, instead of through shared memory.
 
     What is not given comes from ``RT_RANK``, ``RT_HOSTFILE`` and so on; see ``docs``. Nothing configured: a group of one.
 
@@ -179,6 +185,7 @@ def init(
     future = world.start(
         backend, strict, rank=rank, world_size=world_size, coordinator=coordinator, hostfile=hostfile,
         connections_per_ip=connections_per_ip, connect_timeout=connect_timeout, timeout=timeout, secret=secret,
+        shm=shm,
     )  # fmt: skip
     try:
         core = future.result()

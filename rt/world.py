@@ -38,6 +38,7 @@ from rt.group import CoreGroup, explain_signature, hash64
 from transports.relay import carriers
 
 if TYPE_CHECKING:
+    from rt.bootstrap import Wiring
     from rt.control import Control
 
 GOODBYE_SECONDS = 5.0
@@ -67,6 +68,7 @@ class World:
         self.drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopDriver] = weakref.WeakKeyDictionary()
         self.groups: dict[int, CoreGroup] = {}
         self.addresses: dict[int, str] = {}
+        self.shared: set[int] = set()  # peers with which memory is shared
         self.spin = 0.0  # seconds a blocking call polls before it sleeps
         self.closed = False
         self.orphan = False  # a forked child: the connections are the parent's
@@ -99,11 +101,11 @@ class World:
         try:
             found = wiring.result()
             self.direct = found.direct
-            self.spin = SPIN_SECONDS if _cores() >= sum(found.hosts[self.rank].sees(host) for host in found.hosts) else 0.0
+            scarce = _cores() < sum(found.hosts[self.rank].sees(host) for host in found.hosts)
+            self.spin = self._ring.spin if self._ring.spin is not None else 0.0 if scarce else SPIN_SECONDS
             self.addresses = {peer: _address(socks[0]) for peer, socks in found.data.items()}
             for peer in range(self.size):
-                for sock in found.data.get(peer, ()):
-                    self.engine.add_socket(peer, sock)
+                self._add_links(peer, found)
                 if peer != self.rank and peer not in found.data:
                     self._add_relay(peer)
             group = self.new_group(range(self.size), self.rank, "world", self._identity)
@@ -113,6 +115,21 @@ class World:
             return
         if future.set_running_or_notify_cancel():
             future.set_result(group)
+
+    def _add_links(self, peer: int, wiring: Wiring) -> None:
+        if peer not in wiring.memory:
+            for sock in wiring.data.get(peer, ()):
+                self.engine.add_socket(peer, sock)
+            return
+        from transports import shm  # loaded by the bootstrap
+
+        fd, first = wiring.memory[peer]
+        try:
+            for index, sock in enumerate(wiring.data[peer]):
+                self.engine.add_shared(peer, sock, fd, index * shm.stride(wiring.ring_bytes), wiring.ring_bytes, first)
+        finally:
+            os.close(fd)
+        self.shared.add(peer)
 
     def _add_relay(self, peer: int) -> None:
         assert self.control is not None
@@ -131,9 +148,13 @@ class World:
         return group
 
     def links(self) -> dict[int, str]:
-        """Return how this rank reaches each other one: ``tcp HOST:PORT`` (of the first socket), or ``relayed`` without a connection."""
-        peers = (peer for peer in range(self.size) if peer != self.rank)
-        return {peer: f"tcp {self.addresses[peer]}" if peer in self.addresses else "relayed" for peer in peers}
+        """Return how this rank reaches each other one: ``shm``, ``tcp HOST:PORT`` (of the first socket), or ``relayed``."""
+        return {peer: self._link(peer) for peer in range(self.size) if peer != self.rank}
+
+    def _link(self, peer: int) -> str:
+        if peer in self.shared:
+            return "shm"
+        return f"tcp {self.addresses[peer]}" if peer in self.addresses else "relayed"
 
     # -- loops
 
@@ -154,7 +175,7 @@ class World:
                 if peer not in self.addresses:
                     continue  # the end of a relayed stream is a consequence; its cause comes through the control thread
                 reason = f"connection closed ({os.strerror(code)})" if code else "connection closed"
-                self._report(Report.of_rank("lost", peer, f"lost rank {peer} (tcp {self.addresses[peer]}): {reason}"))
+                self._report(Report.of_rank("lost", peer, f"lost rank {peer} ({self._link(peer)}): {reason}"))
             elif kind == _fastpath.PROTOCOL:
                 self._report(Report.of_rank("protocol", peer, f"rank {peer} sent bytes that are no frame of this version (type {code})"))
             elif kind == _fastpath.CLOSED:
@@ -324,6 +345,7 @@ def _address(sock: Any) -> str:
 _lock = threading.Lock()
 _world: World | None = None
 _future: concurrent.futures.Future[CoreGroup] | None = None
+_formed: CoreGroup | None = None  # the future's result, which every call asks for: futures take locks
 
 
 def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concurrent.futures.Future[CoreGroup]:
@@ -333,7 +355,7 @@ def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concur
         TypeError, ValueError: bad arguments; see ``config.choose_backend``.
         ConfigError: configuration begun but wrong; with ``strict`` also none at all.
     """
-    global _world, _future
+    global _world, _future, _formed
     with _lock:
         if _future is not None and _world is not None and not _world.closed and not _failed(_future):
             config.choose_backend(backend, os.environ, strict)  # bad arguments are errors also when there is nothing left to do
@@ -348,6 +370,7 @@ def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concur
             return single
         config.configure_logging(os.environ, ring.rank)
         _world = World(ring)
+        _formed = None
         _future = _world.start()
         return _future
 
@@ -365,9 +388,10 @@ def _not_configured(backend: str) -> str:
 
 def current() -> CoreGroup | None:
     """Return the world's group if it has formed, also when it has failed or closed since."""
-    if _future is not None and _future.done() and not _failed(_future):
-        return _future.result()
-    return None
+    global _formed
+    if _formed is None and _future is not None and _future.done() and not _failed(_future):
+        _formed = _future.result()
+    return _formed
 
 
 def current_world() -> World | None:

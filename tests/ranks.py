@@ -33,6 +33,8 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 FRONTS = ("sync", "asyncio", "debug", "uvloop")
+# Fronts whose ranks share memory; those of the others use TCP. RT_SHM in the environment of the tests decides for all.
+_SHARING = ("sync", "uvloop")
 _TOLD, _VALUE, _ERROR = "told", "value", "error"
 _FOREIGN = ("RT_", "MLX_", "TORCHELASTIC_", "MASTER_")
 
@@ -98,7 +100,7 @@ class Ranks:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             try:
                 for rank in range(n):
-                    self._start(rank, n, listener, env or {})
+                    self._start(rank, n, listener, {"RT_SHM": os.environ.get("RT_SHM", str(int(front in _SHARING))), **(env or {})})
                     self._connections[rank].send(job)
             except BaseException:
                 self._kill()

@@ -11,7 +11,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -270,7 +269,7 @@ def test_both_front_ends_are_right_in_every_place(name: str, both_fronts: list[c
             assert row.algorithm
     greetings = result.greetings["rt sync"]
     assert [sorted(greeting["links"]) for greeting in greetings] == [["1", "2"], ["0", "2"], ["0", "1"]]
-    assert all(link.startswith("tcp 127.0.0.1:") for greeting in greetings for link in greeting["links"].values())
+    assert all(link == "shm" for greeting in greetings for link in greeting["links"].values())
 
 
 @pytest.mark.parametrize(("dtype", "op"), [("half", "avg"), ("bfloat16", "sum"), ("int8", "prod"), ("uint64", "min"), ("double", "max")])
@@ -345,9 +344,10 @@ def test_the_bare_exchange_moves_the_bytes_of_an_all_reduce(size: int, share: in
             end.close()
 
 
-def test_ranks_without_a_connection_are_relayed() -> None:
-    world = SimpleNamespace(rank=1, size=3, addresses={0: "10.0.0.1:5"})
-    assert World.links(world) == {0: "tcp 10.0.0.1:5", 2: "relayed"}  # type: ignore[arg-type]
+def test_what_ranks_are_reached_by() -> None:
+    world = World.__new__(World)
+    world.rank, world.size, world.addresses, world.shared = 1, 4, {0: "10.0.0.1:5", 3: "127.0.0.1:9"}, {3}
+    assert world.links() == {0: "tcp 10.0.0.1:5", 2: "relayed", 3: "shm"}
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------------------------------

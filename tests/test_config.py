@@ -148,11 +148,17 @@ def test_a_keyword_takes_the_place_of_its_variable(ring: str) -> None:
         ("connections_per_ip", 3, "RT_CONNECTIONS_PER_IP", "2", "connections", 3, 2),
         ("connect_timeout", 7, "RT_CONNECT_TIMEOUT", "2.5", "connect_timeout", 7.0, 2.5),
         ("timeout", 7.5, "RT_TIMEOUT", "1e3", "timeout", 7.5, 1000.0),
+        ("shm", True, "RT_SHM", "0", "shm", True, False),
     ],
 )
 def test_settings(keyword: str, value: float, variable: str, text: str, attribute: str, from_keyword: float, from_variable: float) -> None:
     assert getattr(resolve({**RT, variable: text}), attribute) == from_variable
     assert getattr(resolve({**RT, variable: text}, **{keyword: value}), attribute) == from_keyword
+
+
+def test_polling() -> None:
+    assert resolve(RT).spin is None
+    assert [resolve({**RT, "RT_SPIN_US": text}).spin for text in ("0", "50")] == [0.0, 50e-6]
 
 
 def test_settings_hold_for_every_set(ring: str) -> None:
@@ -238,6 +244,9 @@ def test_ranks_that_are_none(value: str) -> None:
         ({**RT, "RT_TIMEOUT": "-1"}, "RT_TIMEOUT: found '-1', expected a number of seconds > 0"),
         ({**RT, "RT_TIMEOUT": "nan"}, "RT_TIMEOUT: found 'nan', expected a number of seconds > 0"),
         ({**RT, "RT_TIMEOUT": "inf"}, "RT_TIMEOUT: found 'inf', expected a number of seconds > 0"),
+        ({**RT, "RT_SPIN_US": "-1"}, "RT_SPIN_US: found '-1', expected a number of microseconds >= 0"),
+        ({**RT, "RT_SPIN_US": "1.5"}, "RT_SPIN_US: found '1.5', expected a number of microseconds >= 0"),
+        ({**RT, "RT_SHM": "yes"}, "RT_SHM: found 'yes', expected 1 or 0"),
         ({**RT, "MLX_RANK": "one"}, "MLX_RANK: found 'one', expected an integer >= 0"),
         ({**AGENT, "RANK": "4"}, "RANK: found '4', expected an integer from 0 to 3 (there are 4 ranks)"),
         ({**AGENT, "WORLD_SIZE": ""}, "WORLD_SIZE: found '', expected an integer >= 1"),
@@ -258,6 +267,8 @@ def test_malformed_variables(environ: dict[str, str], expected: str) -> None:
         ({"connections_per_ip": 0}, "keyword connections_per_ip: found 0, expected an integer >= 1"),
         ({"connect_timeout": 0}, "keyword connect_timeout: found 0, expected a number of seconds > 0"),
         ({"timeout": True}, "keyword timeout: found True, expected a number of seconds > 0"),
+        ({"shm": 1}, "keyword shm: found 1, expected True or False"),
+        ({"shm": "0"}, "keyword shm: found '0', expected True or False"),
         ({"coordinator": 4000}, 'keyword coordinator: found 4000, expected "host:port", or "[v6]:port" for IPv6'),
     ],
 )

@@ -1,4 +1,4 @@
-"""What every link must do, asked of each kind: memory links, socket pairs, TCP on loopback.
+"""What every link must do, asked of each kind: memory links, socket pairs, TCP on loopback, shared memory.
 
 May live here: the conformance suite. May not: schedules beyond send and recv, configuration of sockets. Engines are driven as drivers do
 it: by their descriptor where there is one, by the link's wake-ups where there is none. A forgotten wake-up fails the test.
@@ -6,6 +6,8 @@ it: by their descriptor where there is one, by the link's wake-ups where there i
 
 from __future__ import annotations
 
+import mmap
+import os
 import random
 import select
 import socket
@@ -19,11 +21,12 @@ import pytest
 
 from rt import _fastpath, algorithms_move
 from rt.dtypes import Op, code_of
+from transports import shm
 from transports.memory import MemoryLink, memory_pair
 
 LOST, CLOSED, PROTOCOL = _fastpath.LOST, _fastpath.CLOSED, _fastpath.PROTOCOL
 PATIENCE_MS = 10_000  # until a test that waits for a wake-up gives up
-KINDS = ("memory", "pair", "tcp")
+KINDS = ("memory", "pair", "tcp", "shm")
 BIG = 1 << 19  # items; far more than any link holds
 
 
@@ -68,6 +71,52 @@ class RawMemory:
     reset = end
 
 
+class RawRings:
+    """Writes and reads rings as ``rt/_ring.h`` does, with the near end standing still meanwhile."""
+
+    WRITTEN, CONSUMED, READER_SLEEPS, WRITER_SLEEPS, DATA = 0, 128, 256, 384, 512
+
+    def __init__(self, fd: int, sock: socket.socket, capacity: int) -> None:
+        self.memory = mmap.mmap(fd, 0)
+        self.sock = sock
+        self.capacity = capacity
+
+    def _look(self, ring: int, place: int, form: str = "Q") -> int:
+        return int(struct.unpack_from("=" + form, self.memory, ring * (self.DATA + self.capacity) + place)[0])
+
+    def _set(self, ring: int, place: int, value: int, form: str = "Q") -> None:
+        struct.pack_into("=" + form, self.memory, ring * (self.DATA + self.capacity) + place, value)
+
+    def _wake(self, ring: int, place: int) -> None:
+        if self._look(ring, place, "I"):
+            self._set(ring, place, 0, "I")
+            self.sock.send(b"\0")
+
+    def send(self, data: bytes) -> None:
+        at, start = self._look(1, self.WRITTEN), self.DATA + self.capacity + self.DATA
+        assert at - self._look(1, self.CONSUMED) + len(data) <= self.capacity
+        for i, byte in enumerate(data):
+            self.memory[start + (at + i) % self.capacity] = byte
+        self._set(1, self.WRITTEN, at + len(data))
+        self._wake(1, self.READER_SLEEPS)
+
+    def recv(self) -> bytes:
+        at, end = self._look(0, self.CONSUMED), self._look(0, self.WRITTEN)
+        found = bytes(self.memory[self.DATA + i % self.capacity] for i in range(at, end))
+        self._set(0, self.CONSUMED, end)
+        self._wake(0, self.WRITER_SLEEPS)
+        return found
+
+    def end(self) -> None:
+        self.memory.close()
+        self.sock.close()
+
+    def reset(self) -> None:
+        self.memory.close()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
 class Pair:
     """Two engines and the link between them; or one engine and a raw end."""
 
@@ -80,8 +129,10 @@ class Pair:
             self.ends = list(socket.socketpair() if kind == "pair" else tcp_pair())
             for end in self.ends:
                 end.setblocking(False)
-                if small:
+                if small and kind != "shm":
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        self.capacity = 4096 if small else 1 << 16
+        self.fd = shm.make(shm.stride(self.capacity)) if kind == "shm" else -1
         self.engines: list[_fastpath.Engine] = []
         self.events: list[list[Any]] = []
 
@@ -92,6 +143,8 @@ class Pair:
         if self.kind == "memory":
             index = engine.add_link(1 - rank, end)
             self.ends[1 - rank].wake_peer = lambda: engine.ready(index)
+        elif self.kind == "shm":
+            engine.add_shared(1 - rank, end, self.fd, 0, self.capacity, rank == 0)
         else:
             engine.add_socket(1 - rank, end)
         self.engines.append(engine)
@@ -99,6 +152,8 @@ class Pair:
         return engine
 
     def raw(self) -> Any:
+        if self.kind == "shm":
+            return RawRings(self.fd, self.ends[1], self.capacity)
         return (RawMemory if self.kind == "memory" else RawSocket)(self.ends[1])
 
     def drive(self, until: Callable[[], bool]) -> None:
@@ -122,6 +177,8 @@ class Pair:
         for end in self.ends:
             if isinstance(end, socket.socket):
                 end.close()
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:

@@ -34,6 +34,8 @@ def config(rank: int, size: int, **fields: Any) -> RingConfig:
         "connect_timeout": PATIENCE,
         "timeout": None,
         "secret": SECRET,
+        "shm": False,
+        "spin": None,
         "coordinator_fd": None,
         "source": "test",
     }

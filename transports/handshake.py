@@ -57,6 +57,7 @@ class Purpose(enum.IntEnum):
     RENDEZVOUS = 1
     CONTROL = 2
     DATA = 3
+    SHARED = 4
 
 
 class Reason(enum.IntEnum):
