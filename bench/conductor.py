@@ -1,10 +1,11 @@
 """Starts the ranks of a system on this host, tells them what to run and reads what they measured.
 
-May live here: processes and pipes. May not: how ranks find each other (``meeting.py``), what is measured (the command's own file),
-statistics and tables (``report.py``).
+May live here: processes and the lines to them. May not: how ranks find each other (``meeting.py``), what is measured (the command's own
+file), statistics and tables (``report.py``).
 
-Every rank has its own pipe to the conductor, so commands need no collective of the system under test, and between commands a rank is
-blocked in a read: the systems that are not being measured cost nothing.
+Every rank has its own line to the conductor, so commands need no collective of the system under test, and between commands a rank is
+blocked in a read: the systems that are not being measured cost nothing. The line is a pair of sockets, one of which is the rank's standard
+input and output.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import json
 import os
 import selectors
+import socket
 import subprocess
 import tempfile
 import time
@@ -56,7 +58,8 @@ class System:
         self._meeting = meeting
         # -P: the folder that we were started in stays off sys.path.
         self._command = [meeting.python, "-P", *arguments]
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._lines: list[socket.socket] = []
         self._log: IO[bytes] = tempfile.TemporaryFile()  # what all ranks write to standard error
         self._idle = [0.0, 0.0]
 
@@ -68,7 +71,7 @@ class System:
         """
         shared = {**_own_environment(), **self._meeting.environ, "BENCH_SIZE": str(self.size)}
         for rank in range(self.size):
-            self._workers.append(self._spawn(shared, rank))
+            self._spawn(shared, rank)
         self.greetings = self._answers()
         self._release_ports()
 
@@ -83,17 +86,20 @@ class System:
         uses: dict[str, str] = self.greetings[0]["uses"]
         return uses
 
-    def _spawn(self, shared: Mapping[str, str], rank: int) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self._command,
-            bufsize=0,
-            env={**shared, "BENCH_RANK": str(rank), **self._meeting.ranks[rank]},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            pass_fds=self._meeting.inherited[rank] if self._meeting.inherited else (),
-            start_new_session=True,  # Ctrl-C is the conductor's to handle; a worker would answer it with a traceback
-        )
+    def _spawn(self, shared: Mapping[str, str], rank: int) -> None:
+        ours, theirs = socket.socketpair()
+        self._lines.append(ours)
+        with theirs:
+            process = subprocess.Popen(
+                self._command,
+                env={**shared, "BENCH_RANK": str(rank), **self._meeting.ranks[rank]},
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=self._log,
+                pass_fds=self._meeting.inherited[rank] if self._meeting.inherited else (),
+                start_new_session=True,  # Ctrl-C is the conductor's to handle; a worker would answer it with a traceback
+            )
+        self._processes.append(process)
 
     def ask(self, command: Answer) -> list[Answer]:
         """Have all ranks run a command at the same time; return their answers in rank order.
@@ -102,10 +108,9 @@ class System:
             BenchError: a rank answered with an error, ended, or gave no answer for three minutes.
         """
         line = json.dumps(command).encode() + b"\n"
-        for worker in self._workers:
-            assert worker.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it has ended: reading its answer says so, and why
-                worker.stdin.write(line)
+        for sock in self._lines:
+            with contextlib.suppress(ConnectionError):  # it has ended: reading its answer says so, and why
+                sock.sendall(line)
         answers = self._answers()
         for answer in answers:
             cpu, wall = answer.pop("idle")
@@ -122,25 +127,26 @@ class System:
         deadline = time.monotonic() + _ANSWER_SECONDS
         received = [b""] * self.size
         with selectors.DefaultSelector() as selector:
-            for rank, worker in enumerate(self._workers):
-                assert worker.stdout is not None
-                selector.register(worker.stdout, selectors.EVENT_READ, rank)
+            for rank, sock in enumerate(self._lines):
+                selector.register(sock, selectors.EVENT_READ, rank)
             while selector.get_map():
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
                     missing = sorted(key.data for key in selector.get_map().values())
                     raise BenchError(f"{self.name}: no answer from rank(s) {missing} within {_ANSWER_SECONDS:.0f} s\n{self._said()}")
                 for key, _ in ready:
-                    received[key.data] += self._read(key.fd, key.data)
+                    received[key.data] += self._read(key.data)
                     if received[key.data].endswith(b"\n"):
                         selector.unregister(key.fileobj)
                         self._refuse_error(key.data, received[key.data])
         return [json.loads(line) for line in received]
 
-    def _read(self, fd: int, rank: int) -> bytes:
-        data = os.read(fd, 1 << 16)
+    def _read(self, rank: int) -> bytes:
+        data = b""
+        with contextlib.suppress(ConnectionError):  # it ended before it read what we asked
+            data = self._lines[rank].recv(1 << 16)
         if not data:
-            raise BenchError(f"{self.name}: rank {rank} ended with exit code {self._workers[rank].wait(_LEAVE_SECONDS)}\n{self._said()}")
+            raise BenchError(f"{self.name}: rank {rank} ended with exit code {self._processes[rank].wait(_LEAVE_SECONDS)}\n{self._said()}")
         return data
 
     def _refuse_error(self, rank: int, line: bytes) -> None:
@@ -156,18 +162,17 @@ class System:
 
     def close(self) -> None:
         """Let the ranks leave together, and end those that do not within five seconds."""
-        for worker in self._workers:
-            assert worker.stdin is not None and worker.stdout is not None
-            worker.stdin.close()
+        for sock in self._lines:
+            with contextlib.suppress(OSError):  # it has ended
+                sock.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + _LEAVE_SECONDS
-        for worker in self._workers:
+        for process in self._processes:
             try:
-                worker.wait(max(0.0, deadline - time.monotonic()))
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 self.kill()
-        for worker in self._workers:
-            assert worker.stdout is not None
-            worker.stdout.close()
+        for sock in self._lines:
+            sock.close()
         self._release_ports()
         self._log.close()
 
@@ -177,9 +182,9 @@ class System:
 
     def kill(self) -> None:
         """End all ranks now."""
-        for worker in self._workers:
-            worker.kill()
-            worker.wait()
+        for process in self._processes:
+            process.kill()
+            process.wait()
 
 
 @contextlib.contextmanager
