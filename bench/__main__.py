@@ -17,13 +17,13 @@ from typing import Any
 
 from bench import fused, idle, imports, local, loop_lag, measure, options, report
 from bench.collectives import COLLECTIVES
-from bench.meeting import BenchError, peers_python
+from bench.meeting import BenchError, require
 
 _EPILOG = """\
 examples:
   rt.bench all_reduce                          2 ranks, 4 bytes to 64 MiB, both front ends
   rt.bench all_gather -n 4 -b 1M -e 1M         one size, 4 ranks
-  rt.bench all_reduce --peers gloo,mlx         peers beside us in the same run (`make peers` first)
+  rt.bench all_reduce --peers mpich,gloo       peers beside us in the same run (`make peers` first)
   rt.bench all_reduce -d half -J found.json    nccl-tests' flags, text and JSON
   rt.launch -n 4 rt.bench broadcast            the ranks of a job; also under torchrun and mpirun
   rt.bench loop_lag                            does the event loop stay responsive?
@@ -103,8 +103,7 @@ def _measured(arguments: argparse.Namespace) -> measure.Result | None:
         result = job.run(options.options(arguments, group.size()), group)
         return result if group.rank() == 0 else None
     wanted = options.options(arguments)
-    if {"gloo", "mlx"} & set(wanted.peers):
-        peers_python()  # now, not after our own groups were started
+    require(wanted.peers)  # now, not after our own groups were started
     return local.run(wanted)
 
 

@@ -238,6 +238,51 @@ class Mlx(Adapter):
         return np.asarray(returned)
 
 
+class _Mpi(Adapter):
+    """An MPI library under mpi4py, initialized as mpi4py does by itself: for threads that call at the same time."""
+
+    vendor = ""  # what mpi4py calls it
+
+    def setup(self) -> dict[str, str]:
+        import mpi4py
+        from mpi4py import MPI
+
+        self._mpi: Any = MPI
+        vendor, version = MPI.get_vendor()
+        found, expected = (vendor, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size), (self.vendor, self.rank, self.size)
+        if found != expected:
+            raise RuntimeError(f"found library, rank and size {found}, expected {expected}")
+        return {self.kind: ".".join(map(str, version)), "mpi4py": mpi4py.__version__}
+
+    def barrier(self) -> Any:
+        self._mpi.COMM_WORLD.Barrier()
+
+    def bind(self, bind: Bind, buffers: Buffers) -> Bound:
+        return bind(self._mpi, dataclasses.replace(buffers, x=self._typed(buffers.x), out=self._typed(buffers.out)))
+
+    def _typed(self, array: Array) -> list[Any]:
+        """Return an array with its type in MPI; one that neither library has goes as whole numbers of its size."""
+        name = array.dtype.name
+        if name == "bfloat16":
+            return [array.view(np.uint16), self._mpi.UINT16_T]
+        known = {"float16": self._mpi.FLOAT16_T, "float32": self._mpi.FLOAT, "float64": self._mpi.DOUBLE}
+        return [array, known[name] if name in known else getattr(self._mpi, f"{name.upper()}_T")]
+
+
+class Mpich(_Mpi):
+    """MPICH, between the ranks of a host over shared memory."""
+
+    kind = "mpich"
+    vendor = "MPICH"
+
+
+class OpenMpi(_Mpi):
+    """Open MPI, between the ranks of a host over shared memory."""
+
+    kind = "openmpi"
+    vendor = "Open MPI"
+
+
 class Tcp(Adapter):
     """No system at all: see ``exchange.py``."""
 
@@ -265,6 +310,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "nospin": RtNoSpin,
     "gloo": Gloo,
     "mlx": Mlx,
+    "mpich": Mpich,
+    "openmpi": OpenMpi,
     "tcp": Tcp,
 }
-PEERS = ("gloo", "mlx", "nospin", "tcp")  # the last two are no systems but what ours are held against
+PEERS = ("gloo", "mlx", "mpich", "openmpi", "nospin", "tcp")  # the last two are no systems but what ours are held against

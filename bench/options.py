@@ -27,9 +27,9 @@ _HELP = (
     "Letters are nccl-tests' (-b -e -f -i -w -d -o -r -c -J), but: -n is the number of ranks and --iters that of iterations, since "
     "every rank is a process and there is neither -t nor -g. Inside a job (rt.launch, torchrun, mpirun with RT_COORDINATOR) its ranks are "
     "measured and none are started.",
-    "With --peers the same is measured of other systems, in turns with ours; a ratio above 1 means that rt is faster. gloo and mlx need "
-    "`make peers`; nospin is rt's blocking front end without its brief polling (what an event loop costs), tcp a bare exchange of the same "
-    "bytes (what the kernel costs).",
+    "With --peers the same is measured of other systems, in turns with ours; a ratio above 1 means that rt is faster. gloo, mlx, "
+    "mpich and openmpi need `make peers`, and the last two use shared memory; nospin is rt's blocking front end without its brief polling "
+    "(what an event loop costs), tcp a bare exchange of the same bytes (what the kernel costs).",
 )
 _BLOCKS = (
     "The size is that of the larger buffer, which holds a block of whole 16 bytes per rank, as nccl-tests has it; sizes that leave no "

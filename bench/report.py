@@ -30,6 +30,8 @@ _HEADINGS = {
 _REMARKS = {
     "gloo": "gloo does this in place only: out of place its users copy first, and that is timed with it.",
     "mlx": "mlx returns an array of its own, from its cache of buffers; building the expression is part of the call.",
+    "mpich": "mpich uses shared memory between ranks of a host, not TCP, and polls as long as it waits.",
+    "openmpi": "openmpi uses shared memory between ranks of a host, not TCP, and polls as long as it waits.",
     "nospin": "nospin is the blocking front end of rt that sleeps at once instead of polling briefly.",
     "tcp": "tcp is no system: the bytes of an all-reduce passed round a ring by send and recv alone, nothing reduced.",
 }

@@ -3,7 +3,7 @@
 May live here: what all kinds of workers share (``rank.py`` is timed, ``probe.py`` is watched). May not: systems under test; an import of
 ``rt``, of a peer or of anything but NumPy's types, since peers' interpreters run this too.
 
-Protocol, JSON lines (``conductor.py`` is the other end)::
+Protocol, JSON lines (``conductor.py`` is the other end) over standard input and output, or the socket that BENCH_ENDS has for the rank::
 
     worker     {"pid": 17, "uses": {...}, ...}                                                      once the group stands
     conductor  {"do": "measure", ...}
@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -45,13 +46,20 @@ def loop_factory(loop: str) -> tuple[Callable[[], asyncio.AbstractEventLoop], st
 
 
 class Channel:
-    """The worker's end of the protocol, on the descriptors it was started with.
+    """The worker's end of the protocol, on the descriptors it was started with: where a launcher stands between us, on a socket instead.
 
     Standard output is given away before any library is loaded: what those print goes to standard error instead.
     """
 
     def __init__(self) -> None:
-        self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        self._in: TextIO = sys.stdin
+        if "BENCH_ENDS" in os.environ:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(os.path.join(os.environ["BENCH_ENDS"], str(place()[0])))
+                self._in, out = sock.makefile("r", encoding="utf-8"), os.dup(sock.fileno())
+        else:
+            out = os.dup(1)
+        self._out: TextIO = os.fdopen(out, "w", encoding="utf-8")
         os.dup2(2, 1)
         self._cpu = self._wall = 0.0
 
@@ -63,7 +71,7 @@ class Channel:
 
     def serve(self, handlers: Mapping[str, Handler]) -> None:
         """Answer commands until the conductor closes the pipe. An exception is an answer too."""
-        for line in sys.stdin:
+        for line in self._in:
             idle = [time.process_time() - self._cpu, time.monotonic() - self._wall]
             command = json.loads(line)
             try:
@@ -74,5 +82,5 @@ class Channel:
 
 
 def place() -> tuple[int, int]:
-    """Return rank and size, as the conductor says them."""
-    return int(os.environ["BENCH_RANK"]), int(os.environ["BENCH_SIZE"])
+    """Return rank and size, as the conductor says them; where a launcher stands between us, the rank as that one says it."""
+    return int(os.environ[os.environ.get("BENCH_RANK_IN", "BENCH_RANK")]), int(os.environ["BENCH_SIZE"])

@@ -1,4 +1,4 @@
-"""The environment of torch, MLX and JAX, ``.venv-peers`` (``make peers``), and what tests lend it.
+"""The environment of torch, MLX, MPI and JAX, ``.venv-peers`` (``make peers``), and what tests lend it.
 
 May live here: where it is, what it holds, how ranks run in it. May not: tests.
 """

@@ -39,6 +39,27 @@ _TOLD, _VALUE, _ERROR = "told", "value", "error"
 _FOREIGN = ("RT_", "MLX_", "TORCHELASTIC_", "MASTER_")
 
 
+def end_soon(pids: Iterable[int], seconds: float = 5.0) -> bool:
+    """Return whether these processes, which need not be children of ours, all end within some seconds; a zombie has ended."""
+
+    def lives(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+            with open(f"/proc/{pid}/stat") as stat:
+                return stat.read().rpartition(")")[2].split()[0] != "Z"
+        except ProcessLookupError:
+            return False
+        except FileNotFoundError:  # it has just ended, or there is no /proc here
+            return not os.path.isdir("/proc")
+
+    deadline = time.monotonic() + seconds
+    left = list(pids)
+    while left and time.monotonic() < deadline:
+        left = [pid for pid in left if lives(pid)]
+        time.sleep(0.01)
+    return not left
+
+
 class Failure(NamedTuple):
     """What a body raised; ``culprit``, ``work`` and ``group`` are those of rt's errors."""
 

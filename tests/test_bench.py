@@ -12,14 +12,16 @@ import asyncio
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import ranks
 
 import rt
 from bench import __main__ as command_line
-from bench import conductor, fused, idle, imports, local, loop_lag, measure, options, probe
+from bench import conductor, fused, idle, imports, local, loop_lag, measure, meeting, options, probe
 from bench.collectives import COLLECTIVES
 from bench.samples import Cell
 
@@ -85,6 +87,67 @@ def test_rank_that_never_starts_is_an_error() -> None:
             pass
 
 
+# Starts two ranks as MPI's mpiexec does: it tells each its number, and ends all on SIGTERM or when one fails.
+_LAUNCHER = """
+import os, signal, subprocess, sys, time
+ranks = [subprocess.Popen(sys.argv[1:], env={**os.environ, "FAKE_RANK": str(rank)}) for rank in range(2)]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
+try:
+    while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+        time.sleep(0.01)
+    sys.exit(max(rank.poll() or 0 for rank in ranks))
+finally:
+    for rank in ranks:
+        rank.kill()
+"""
+_LAUNCHED = (
+    "import os, sys, time; from bench import worker; rank, size = worker.place(); channel = worker.Channel(); print('noise')\n"
+    "channel.say({'pid': os.getpid(), 'uses': {}})\n"
+    "channel.serve({'rank': lambda command: {'rank': rank, 'size': size}, 'end': lambda command: sys.exit('no room') if rank else {},"
+    " 'stay': lambda command: time.sleep(60) if rank else {'error': 'out of luck'}})"
+)
+
+
+def launched(folder: Path, launcher: str = _LAUNCHER) -> conductor.System:
+    how = meeting.Launcher((sys.executable, "-c", launcher), "FAKE_RANK", folder)
+    return conductor.System("launched", meeting.Meeting(sys.executable, {"PYTHONPATH": str(meeting.ROOT)}, [{}, {}], launcher=how),
+                            ["-c", _LAUNCHED])  # fmt: skip
+
+
+def test_launched_ranks_answer_in_rank_order_and_leave(tmp_path: Path) -> None:
+    system = launched(tmp_path)
+    try:
+        system.start()
+        assert system.ask({"do": "rank"}) == [{"rank": 0, "size": 2}, {"rank": 1, "size": 2}]
+    finally:
+        system.close()
+    assert ranks.end_soon(system.pids)
+
+
+@pytest.mark.parametrize(
+    ("command", "match"), [("stay", r"launched: rank 0 failed\nout of luck"), ("end", r"rank 1 ended, and its launcher with exit code 1\n")]
+)
+def test_launched_ranks_that_fail_are_said_and_all_are_ended(command: str, match: str, tmp_path: Path) -> None:
+    system = launched(tmp_path)
+    try:
+        system.start()
+        with pytest.raises(conductor.BenchError, match=match):
+            system.ask({"do": command})
+        system.kill()
+    finally:
+        system.close()
+    assert ranks.end_soon(system.pids)
+
+
+def test_launcher_that_cannot_start_is_said_with_its_last_words(tmp_path: Path) -> None:
+    system = launched(tmp_path, "import sys; sys.exit('no such option')")
+    try:
+        with pytest.raises(conductor.BenchError, match=r"launched: rank 0 did not start\nno such option"):
+            system.start()
+    finally:
+        system.close()
+
+
 def test_worker_answers_an_exception_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     script = (
         "import os; from bench import worker; channel = worker.Channel(); print('noise'); channel.say({'pid': os.getpid(), 'uses': {}});"
@@ -126,7 +189,7 @@ def test_wrong_byte_counts_are_refused(word: str) -> None:
         ("all_reduce -r 0", "unrecognized"),
         ("broadcast -r 2", "-r 2: expected a rank below 2"),
         ("barrier -b 4", "unrecognized"),
-        ("broadcast --peers tcp", "--peers: tcp has no broadcast; of the peers, gloo, nospin have"),
+        ("broadcast --peers tcp", "--peers: tcp has no broadcast; of the peers, gloo, mpich, openmpi, nospin have"),
         ("nothing", "invalid choice"),
         ("", "required"),
     ],
@@ -179,6 +242,29 @@ def test_missing_peers_are_said_before_anything_starts(monkeypatch: pytest.Monke
     monkeypatch.setattr(local, "run", lambda wanted: pytest.fail("started"))
     assert command_line.main(["all_reduce", "--peers", "gloo"]) == 1
     assert re.search(r"/nowhere/python does not exist; `make peers`", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("peer", "there", "missing"),
+    [
+        ("mpich", [], "bin/mpiexec.hydra"),
+        ("openmpi", [], "bin/ompirun_wrapper"),
+        ("mpich", ["bin/mpiexec.hydra"], "lib/libmpi"),
+        ("mpich", ["bin/mpiexec.hydra", "lib/libmpi.so.12", "lib/libmpi.12.dylib"], "lib/python*/*-packages/mpi4py"),
+    ],
+)
+def test_missing_mpi_is_said_in_one_line(
+    peer: str, there: list[str], missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ["bin/python", *there]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setenv("RT_PEERS_PYTHON", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr(local, "run", lambda wanted: pytest.fail("started"))
+    assert command_line.main(["all_reduce", "--peers", f"tcp,{peer}"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"rt.bench: no {peer} to compare with: there is no {tmp_path}/{missing}")
+    assert said.endswith("`make peers` installs it\n") and said.count("\n") == 1
 
 
 def test_collective_that_this_version_lacks_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ May live here: tests of ``bench/collectives.py``, ``adapters.py``, ``exchange.py
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 
 import rt
 from bench import adapters, conductor, exchange, local, measure, meeting, rank, samples
@@ -22,6 +24,7 @@ from bench.collectives import COLLECTIVES, Bind, Bound, Buffers
 from bench.data import DTYPES, OPS, Array, Data
 from rt.world import World
 
+MPI = ("mpich", "openmpi")
 FEW = {"iters": 2, "warmup": 1}
 HERE = [pytest.param(name, marks=pytest.mark.skipif(not hasattr(rt, each.needs), reason=f"rt has no {each.needs} yet"))
         for name, each in COLLECTIVES.items()]  # fmt: skip
@@ -32,6 +35,15 @@ def have_peers() -> bool:
         return Path(meeting.peers_python()).is_file()
     except meeting.BenchError:
         return False
+
+
+def missing_mpi() -> str:
+    """Return why MPI cannot be measured, "" if it can."""
+    try:
+        meeting.require(MPI)
+    except meeting.BenchError as error:
+        return str(error)
+    return ""
 
 
 @contextlib.contextmanager
@@ -53,6 +65,14 @@ def both_fronts() -> Iterator[list[conductor.System]]:
 @pytest.fixture(scope="module")
 def beside_gloo() -> Iterator[list[conductor.System]]:
     with standing(measure.Options(COLLECTIVES["all_reduce"], 2, fronts=("sync",), peers=("gloo",))) as systems:
+        yield systems
+
+
+@pytest.fixture(scope="module")
+def beside_mpi() -> Iterator[list[conductor.System]]:
+    if missing_mpi():
+        pytest.skip(missing_mpi())
+    with standing(measure.Options(COLLECTIVES["all_reduce"], 3, fronts=("sync",), peers=MPI)) as systems:
         yield systems
 
 
@@ -307,6 +327,44 @@ def test_mlx_is_right_beside_us(name: str) -> None:
     result = local.run(measure.Options(COLLECTIVES[name], 2, min_bytes=64, max_bytes=64, fronts=("sync",), peers=("mlx",), **FEW))
     assert result.wrong == 0
     assert set(result.rows["mlx"][0].cells) == {"out_of_place"}
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_mpi_is_right_beside_us(name: str, beside_mpi: list[conductor.System]) -> None:
+    collective = COLLECTIVES[name]
+    root = 1 if collective.rooted else 0
+    options = measure.Options(collective, 3, min_bytes=192, max_bytes=192 << 10, factor=1 << 10, root=root, fronts=("sync",), **FEW)
+    result = measure.run(options, beside_mpi)
+    assert result.wrong == 0
+    for peer in MPI:
+        for row in result.rows[peer]:
+            assert set(row.cells) == {"out_of_place"} | ({"in_place"} if peer in collective.in_place else set())
+            assert all(cell.wrong == 0 for cell in row.cells.values())
+        (uses,) = {greeting["uses"][peer] for greeting in result.greetings[peer]}
+        assert re.fullmatch(r"\d+\.\d+\.\d+", uses)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_mpi_moves_every_dtype_and_reduces_all_but_one(dtype: str, beside_mpi: list[conductor.System]) -> None:
+    for name, op in (("all_gather", "sum"), *(("all_reduce", op) for op in ("sum", "prod", "max", "min") if dtype != "bfloat16")):
+        options = measure.Options(COLLECTIVES[name], 3, min_bytes=96, max_bytes=96, dtype=dtype, op=op, fronts=("sync",), **FEW)
+        result = measure.run(options, beside_mpi)
+        saturates = {"openmpi"} if op == "sum" and "int8" in dtype else set()  # depends on the processor, see docs/measuring.md
+        for system in set(result.rows) - saturates:
+            assert all(cell.wrong == 0 for row in result.rows[system] for cell in row.cells.values()), (system, op)
+
+
+@pytest.mark.parametrize("peer", MPI)
+@pytest.mark.parametrize(
+    ("op", "dtype", "said"), [("avg", "float", "MPI has no mean; it has sum"), ("sum", "bfloat16", "MPI libraries reduce no bfloat16")]
+)
+def test_what_mpi_cannot_reduce_is_said_and_nothing_is_left_running(op: str, dtype: str, said: str, peer: str) -> None:
+    if missing_mpi():
+        pytest.skip(missing_mpi())
+    with pytest.raises(conductor.BenchError, match=rf"{peer}: rank \d failed\n(.*\n)*ValueError: .*{said}"):
+        with standing(measure.Options(COLLECTIVES["all_reduce"], 2, fronts=(), peers=(peer,))) as systems:
+            measure.run(measure.Options(COLLECTIVES["all_reduce"], 2, max_bytes=4, dtype=dtype, op=op, **FEW), systems)
+    assert ranks.end_soon(systems[0].pids)
 
 
 @pytest.mark.parametrize("size", [2, 3])
