@@ -47,7 +47,7 @@ cdef class Engine:
     cdef list link_table         # per world rank: list of indexes into core.links
     cdef object on_events        # called with a list of events, without the lock
     cdef readonly bint closed
-    cdef int watching            # threads that poll rings without the lock; changes under the GIL
+    cdef readonly int watching   # threads that poll rings without the lock; changes under the GIL
     cdef bint orphan             # in a forked child: nothing here may be believed
     cdef object __weakref__
 
@@ -92,18 +92,18 @@ cdef class Engine:
         free(self.core.links)
         free(self.core.events)
 
-    cdef bint watch(self, double until) except -1:
-        """Poll the rings, without the GIL, until there may be something to do (True) or ``until`` has come."""
-        cdef bint found
+    cdef int watch(self, double until) except -1:
+        """Poll the rings, without the GIL, until there may be something to do or ``until`` has come; see ``core_watch``."""
+        cdef int found
         self.watching += 1
         with nogil:
             found = core_watch(&self.core, until)
         self._watched()
         return found
 
-    cdef bint give_way(self) except -1:
-        """Let other processes run for a moment; True if there may be something to do then."""
-        cdef bint found
+    cdef int give_way(self) except -1:
+        """Let other processes run for a moment; not 0 if there may be something to do then."""
+        cdef int found
         self.watching += 1
         with nogil:
             found = core_yield(&self.core)
@@ -320,7 +320,7 @@ cdef class Engine:
         with nogil:
             work_start(&self.core, work, channel)
             handle.sequence = work.sequence
-            status = core_progress(&self.core, budget)
+            status = core_progress(&self.core, budget, self.core.link_count > self.core.shared_count)
         self._after()
         if handle.state != STATE_FLYING and (status == PROGRESS_BUDGET or self.core.active_count and self.rest()):
             self.wake()                         # the caller is served and may not come back, but others may wait for the rest
@@ -331,18 +331,21 @@ cdef class Engine:
 
         After IDLE and BLOCKED the descriptor becomes readable when there is more to do: the caller may sleep on it.
         """
-        cdef int status = self.advance(budget)
+        cdef int status = self.advance(budget, True)
         return PROGRESS_BUDGET if status != PROGRESS_BUDGET and self.rest() else status
 
-    cdef int advance(self, Py_ssize_t budget) except -1:
-        """As ``progress``, for callers that will ask again: before anyone sleeps, ``rest`` must say that he may."""
+    cdef int advance(self, Py_ssize_t budget, bint look) except -1:
+        """As ``progress``, for callers that will ask again: before anyone sleeps, ``rest`` must say that he may.
+
+        Without ``look`` sockets are not asked; whoever has not slept need not, where they only wake.
+        """
         cdef int status
         self.lock()
         if self.closed:
             self.unlock()
             return PROGRESS_IDLE
         with nogil:
-            status = core_progress(&self.core, budget)
+            status = core_progress(&self.core, budget, look or self.core.link_count > self.core.shared_count)
         self._after()
         return status
 

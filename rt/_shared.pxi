@@ -135,8 +135,13 @@ cdef bint core_rest(Core *core) noexcept nogil:
     return False
 
 
-cdef bint core_watch(Core *core, double until) noexcept nogil:
-    """Poll the rings until there may be something to do or ``until`` has come; False then. Changes nothing, and needs no lock.
+cdef enum:
+    NEWS_IN_MEMORY = 1
+    NEWS_OF_SOCKETS = 2
+
+
+cdef int core_watch(Core *core, double until) noexcept nogil:
+    """Poll the rings until there may be something to do or ``until`` has come; 0 then. Changes nothing, and needs no lock.
 
     Sockets are asked seldom, with a system call: the rest of the time goes to memory.
     """
@@ -148,24 +153,25 @@ cdef bint core_watch(Core *core, double until) noexcept nogil:
                 link = core.links[i]
                 if link.shared and not link.rx_dead and link.memory != NULL:
                     if rt_ring_has_news(&link.rx) and not (link.in_frame and link.left == 0):
-                        return True
+                        return NEWS_IN_MEMORY
                     if link.frame_count and rt_ring_has_room(&link.tx):
-                        return True
+                        return NEWS_IN_MEMORY
             rt_ring_pause()
         if rt_poll_sleep(core.poll_set, core.poll_set, 0) > 0:
-            return True
+            return NEWS_OF_SOCKETS
         if rt_now() >= until:
-            return False
+            return 0
 
 
-cdef bint core_yield(Core *core) noexcept nogil:
-    """Where cores are scarce: let others run for a moment, since one of them may be who is waited for; True if there is something to do."""
-    cdef int round
+cdef int core_yield(Core *core) noexcept nogil:
+    """Where cores are scarce: let others run for a moment, since one of them may be who is waited for. Answers as ``core_watch``."""
+    cdef int round, found
     for round in range(YIELDS):
         sched_yield()
-        if core_watch(core, 0):
-            return True
-    return False
+        found = core_watch(core, 0)
+        if found:
+            return found
+    return 0
 
 
 cdef int ring_map(Core *core, Link *link, int fd, Py_ssize_t offset, Py_ssize_t capacity, bint first) except -1:

@@ -182,17 +182,20 @@ def turn(Engine engine not None, Py_ssize_t budget, double spin):
 
     A sleep and a wake-up cost more than that, and where several works are in flight there is other work to do.
     """
-    cdef int status = engine.advance(budget)
+    cdef int status = engine.advance(budget, True)
+    cdef int found = 0
     cdef double until
-    if spin > 0 and status == PROGRESS_BLOCKED and engine.core.active_count == 1:
-        until = rt_now() + spin
-        while status == PROGRESS_BLOCKED and rt_now() < until:
-            if engine.core.shared_count:
-                engine.watch(until)
-            status = engine.advance(budget)
-    elif status == PROGRESS_BLOCKED and engine.core.shared_count and engine.core.active_count == 1:
-        if engine.give_way():
-            status = engine.advance(budget)
+    if status == PROGRESS_BLOCKED and engine.core.active_count == 1:
+        if spin > 0:
+            until = rt_now() + spin
+            while status == PROGRESS_BLOCKED and rt_now() < until:
+                if engine.core.shared_count:
+                    found = engine.watch(until)
+                status = engine.advance(budget, found != NEWS_IN_MEMORY)
+        elif engine.core.shared_count:
+            found = engine.give_way()
+            if found:
+                status = engine.advance(budget, found != NEWS_IN_MEMORY)
     return PROGRESS_BUDGET if status == PROGRESS_BLOCKED and engine.rest() else status
 
 
@@ -209,17 +212,15 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
     """
     cdef double deadline = rt_now() + seconds if seconds >= 0 else -1
     cdef double until, now, signals = rt_now() + 0.05
-    cdef int status, slept
+    cdef int status, slept, found = NEWS_IN_MEMORY
+    cdef bint told = False                      # whether who ends the work wakes this thread; a poll sees it by itself
     cdef double rest
     cdef Work blocking
-    if not handle.add_waiter(sleeper):
-        return True
-    rt_wake_drain(sleeper.fds[0])
     try:
         while handle.state == STATE_FLYING:
             until = rt_now() + spin
             while True:
-                status = engine.advance(1 << 24)
+                status = engine.advance(1 << 24, found != NEWS_IN_MEMORY)
                 if handle.state != STATE_FLYING:
                     return True
                 now = rt_now()
@@ -231,8 +232,20 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
                 if status != PROGRESS_BUDGET and now >= until:
                     break
                 if status == PROGRESS_BLOCKED and engine.core.shared_count:
-                    engine.watch(until)
-            if spin <= 0 and engine.core.shared_count and engine.give_way() or engine.rest():
+                    found = engine.watch(until)
+                else:
+                    found = 0
+            if spin <= 0 and engine.core.shared_count:
+                found = engine.give_way()
+                if found:
+                    continue
+            found = 0
+            if not told:
+                rt_wake_drain(sleeper.fds[0])
+                if not handle.add_waiter(sleeper):
+                    return True
+                told = True
+            if engine.rest():
                 continue
             rest = deadline - now if deadline >= 0 else -1
             if alone is not None and not alone():
@@ -252,7 +265,8 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
                 engine.unlock()
         return True
     finally:
-        handle.remove_waiter(sleeper)
+        if told:
+            handle.remove_waiter(sleeper)
         # What one thread leaves undone another may be waiting for.
         if engine.core.active_count:
             engine.wake()

@@ -353,14 +353,16 @@ cdef void take_events(Core *core) noexcept nogil:
             return
 
 
-cdef int core_progress(Core *core, Py_ssize_t budget) noexcept nogil:
+cdef int core_progress(Core *core, Py_ssize_t budget, bint look) noexcept nogil:
+    """Move what can be moved, up to about ``budget`` bytes; first ``look`` at what sockets have to say, which takes a system call."""
     cdef bint moved = True
     cdef int i, served
     cdef Py_ssize_t rest
     cdef Link *link
     cdef WorkState *work
     cdef WorkState *following
-    take_events(core)
+    if look:
+        take_events(core)
     core.budget = budget
     while moved and core.budget > 0:
         moved = False
