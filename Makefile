@@ -33,8 +33,9 @@ peers: .venv-peers/.stamp  ## torch (gloo), MLX and MPI, to measure against
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -q -r bench/peers.txt
 	touch $@
-results: .stamp-build peers  ## measure, then write README's table and docs/all_reduce.png
-	$(BIN)/python -m bench.readme README.md docs/all_reduce.png
+results: .stamp-build peers  ## measure, then write the tables and pictures of README.md and docs/performance.md
+	$(BIN)/python -m bench.readme README.md docs/all_reduce.png gloo,mlx,mpich,openmpi
+	RT_SHM=0 $(BIN)/python -m bench.readme docs/performance.md docs/all_reduce_tcp.png gloo,mlx
 wheel: .stamp-build  ## a wheel to copy to hosts without a compiler
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
 

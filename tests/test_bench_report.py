@@ -413,7 +413,7 @@ def test_page_without_one_pair_of_markers_is_refused(page: str) -> None:
 def test_readme_table_shows_medians_and_ratios() -> None:
     lines = readme.section([made_up(), made_up(peers=())], "docs/all_reduce.png").splitlines()
     assert lines[-3:] == [
-        "| bytes | sync, 2 ranks | async | gloo | gloo/sync | gloo/async | sync, 2 ranks | async |",
+        "| bytes | sync, 2 ranks | async | gloo | best/sync | best/async | sync, 2 ranks | async |",
         "|---|---|---|---|---|---|---|---|",
         "| 1 MiB | 1 000 | 2 000 | 3 000 | 3.00 | 1.50 | 1 000 | 2 000 |",
     ]
