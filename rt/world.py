@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from rt import _fastpath, config
+from rt import _fastpath, config, log
 from rt.aio import LoopDriver, Work
 from rt.blame import Report, Verdict
 from rt.errors import (
@@ -368,7 +368,7 @@ def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concur
             single: concurrent.futures.Future[CoreGroup] = concurrent.futures.Future()
             single.set_result(CoreGroup(None, [0], 0, "singleton", hash64("singleton")))
             return single
-        config.configure_logging(os.environ, ring.rank)
+        log.configure(os.environ, ring.rank)
         _world = World(ring)
         _formed = None
         _future = _world.start()

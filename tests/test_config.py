@@ -6,7 +6,6 @@ May live here: tests of ``rt/config.py`` against dictionaries and files. May not
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rt.config import RingConfig, choose_backend, configure_logging, is_available, resolve_ring
+from rt.config import RingConfig, choose_backend, is_available, resolve_ring
 from rt.errors import ConfigError
 
 SECRET = {"RT_SECRET": "sixteen characters"}
@@ -456,49 +455,6 @@ def test_backends_that_are_not_there() -> None:
 def test_strict_that_is_a_backend() -> None:
     with pytest.raises(TypeError, match="did you mean backend='mpi'"):
         choose_backend("any", {}, "mpi")  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def logger() -> Iterator[logging.Logger]:
-    logger = logging.getLogger("rt")
-    handlers, level = logger.handlers[:], logger.level
-    yield logger
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
-
-
-@pytest.mark.parametrize(
-    ("environ", "level"),
-    [
-        ({}, None),
-        ({"RT_VERBOSE": "0"}, None),
-        ({"RT_VERBOSE": "0", "MLX_RING_VERBOSE": "1"}, None),
-        ({"RT_VERBOSE": "1"}, logging.INFO),
-        ({"MLX_RING_VERBOSE": "0"}, logging.INFO),
-        ({"RT_LOG": "info"}, logging.INFO),
-        ({"RT_LOG": "debug", "RT_VERBOSE": "0"}, logging.DEBUG),
-    ],
-)
-def test_a_handler_only_if_asked(environ: dict[str, str], level: int | None, logger: logging.Logger) -> None:
-    before, old_level = logger.handlers[:], logger.level
-    configure_logging(environ)
-    assert len(logger.handlers) == len(before) + (level is not None)
-    assert logger.level == (old_level if level is None else level)
-
-
-def test_lines_bear_the_rank_once_it_is_known(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging({"RT_VERBOSE": "1"})
-    logger.info("hello %d", 1)
-    configure_logging({"RT_VERBOSE": "1"}, rank=3)
-    logger.info("hello %d", 2)
-    logger.debug("hello %d", 3)
-    assert capsys.readouterr().err == "[rt] hello 1\n[rt rank 3] hello 2\n"
-
-
-@pytest.mark.parametrize(("name", "value"), [("RT_LOG", "trace"), ("RT_LOG", ""), ("RT_VERBOSE", "yes")])
-def test_malformed_logging(name: str, value: str, logger: logging.Logger) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}: found '{value}', expected"):
-        configure_logging({name: value})
 
 
 def test_the_default_is_the_real_environment(monkeypatch: pytest.MonkeyPatch) -> None:
