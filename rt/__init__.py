@@ -58,6 +58,8 @@ if os.path.exists(os.path.join(os.path.dirname(__file__), "rest1.py")):  # a fil
         stacklevel=2,
     )
 
+__version__ = "0.1.0.dev0"
+
 __all__ = [
     "CollectiveTimeoutError", "ConfigError", "Group", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError",
     "PeerLostError", "ProtocolError", "RTError", "RendezvousError", "Work", "abort", "all_gather", "all_gather_objects", "all_gather_v",

@@ -11,10 +11,12 @@
 #   _submit.pxi    how a work begins
 #   _engine.pxi    the Engine: what Python sees of all this
 #   _work.pxi      the Python face of a work: what can be awaited
+#   _arrays.pxi    questions about arrays that every call asks
+#   _lists.pxi     lists of arrays that travel as one
 # The hot path is structs and nogil functions, not extension types: Cython cannot follow references to objects without the GIL.
 # Directives stand in setup.py.
 
-from cpython.ref cimport PyObject, Py_INCREF, Py_DECREF
+from cpython.ref cimport PyObject, PyTypeObject, Py_INCREF, Py_DECREF
 from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
@@ -442,6 +444,7 @@ IDLE, BLOCKED, BUDGET = PROGRESS_IDLE, PROGRESS_BLOCKED, PROGRESS_BUDGET
 LOST, CLOSED, MISMATCH, PROTOCOL = EVENT_LOST, EVENT_CLOSED, EVENT_MISMATCH, EVENT_PROTOCOL
 
 include "_arrays.pxi"
+include "_lists.pxi"
 include "_program.pxi"
 include "_links.pxi"
 include "_shared.pxi"

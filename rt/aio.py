@@ -133,6 +133,10 @@ class Work(_fastpath.Work):
             attached.turned = time.monotonic()
         return self.outcome()
 
+    def __getattr__(self, name: str) -> Any:
+        hint = "" if name.startswith("_") else f"; its result may have: `await` it first, it is {self!r}"
+        raise AttributeError(f"a Work has no {name!r}{hint}", name=name, obj=self)
+
     def limit(self, seconds: float) -> None:
         """Give the work that many seconds from now. Watched by the running loop, else from the first await on."""
         self._limit = seconds, time.monotonic() + seconds

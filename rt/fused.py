@@ -6,6 +6,7 @@ array is (``arrays``), trees (``gradients``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,15 +32,14 @@ class Bucket(NamedTuple):
     Attributes:
         dtype, code: on the wire.
         items: of all together.
-        members: their positions in the call's list.
-        cuts: position, place in the joined array, and shape of each; no shape where that is the place's own.
+        members, shapes: of each, its position in the call's list and its shape.
     """
 
     dtype: np.dtype[Any]
     code: DType
     items: int
     members: list[int]
-    cuts: list[tuple[int, slice, tuple[int, ...] | None]]
+    shapes: list[tuple[int, ...]]
 
 
 class Layout:
@@ -61,7 +61,9 @@ class Layout:
     def __init__(self, forms: Sequence[Form], wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None) -> None:
         self.codes = {code_of(dtype) for dtype in dict.fromkeys(dtype for dtype, _ in forms)}
         self.tag = hash64("list", *(f"{dtype.name}{shape}" for dtype, shape in forms))
-        self.back = None if wire is None else [dtype for dtype, _ in forms]
+        # Kept also where nothing is cast back: lists are told apart by the addresses of their dtypes.
+        self.dtypes = [dtype for dtype, _ in forms]
+        self.casts = wire is not None
         self.buckets: list[Bucket] = []
         gathering: dict[Any, tuple[list[int], int]] = {}
         found: list[tuple[np.dtype[Any], list[int]]] = []
@@ -85,32 +87,26 @@ class Layout:
             if len(bucket.members) == 1:
                 pieces[bucket.members[0]] = result
                 continue
-            for index, place, shape in bucket.cuts:
-                pieces[index] = result[place] if shape is None else result[place].reshape(shape)
-        if self.back is not None:
-            return [piece.astype(dtype, copy=False) for piece, dtype in zip(pieces, self.back, strict=True)]
+            _fastpath.cut(result, bucket.members, bucket.shapes, pieces)
+        if self.casts:
+            return [piece.astype(dtype, copy=False) for piece, dtype in zip(pieces, self.dtypes, strict=True)]
         return pieces
 
 
 def _bucket(dtype: np.dtype[Any], members: list[int], forms: Sequence[Form]) -> Bucket:
-    cuts, at = [], 0
-    for index in members:
-        shape = forms[index][1]
-        items = int(np.prod(shape, dtype=np.int64))
-        cuts.append((index, slice(at, at + items), None if len(shape) == 1 else shape))
-        at += items
-    return Bucket(dtype, code_of(dtype), at, members, cuts)
+    shapes = [forms[index][1] for index in members]
+    return Bucket(dtype, code_of(dtype), sum(map(math.prod, shapes)), members, shapes)
 
 
 _layouts: dict[Any, Layout] = {}
 
 
-def layout_of(items: Sequence[Array], wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None) -> Layout:
+def layout_of(given: Views, wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None) -> Layout:
     """Return the layout of such a list, made once."""
-    key = (tuple([(each.dtype, each.shape) for each in items]), wire, bucket_bytes, alone_bytes)
+    key = (given.form, wire, bucket_bytes, alone_bytes)
     found = _layouts.get(key)
     if found is None:
-        found = Layout(key[0], wire, bucket_bytes, alone_bytes)
+        found = Layout([(each.dtype, each.shape) for each in given.items], wire, bucket_bytes, alone_bytes)
         if len(_layouts) >= _LAYOUTS_MOST:
             _layouts.clear()
         _layouts[key] = found
@@ -118,10 +114,17 @@ def layout_of(items: Sequence[Array], wire: np.dtype[Any] | None, bucket_bytes: 
 
 
 class Views(NamedTuple):
-    """The arrays of a list, and what makes results of their kind (None: all are NumPy arrays)."""
+    """The arrays of a list.
+
+    Attributes:
+        items: their memory, as plain NumPy arrays.
+        wraps: what makes results of their kind, for those that were something else.
+        form: what lists of the same dtypes and shapes have alike.
+    """
 
     items: list[Array]
     wraps: dict[int, Wrap]
+    form: bytes
 
     def hand_out(self, pieces: list[Array]) -> list[Any]:
         """Return results as arrays of the kinds that were passed."""
@@ -137,7 +140,11 @@ def views(xs: Sequence[Any], what: str, numbers: bool) -> Views:
     Args:
         numbers: whether Python's and NumPy's numbers may be among them.
     """
-    items, wraps = list(xs), {}
+    items = list(xs)
+    wraps: dict[int, Wrap] = {}
+    form = _fastpath.forms_key(items)
+    if form is not None:
+        return Views(items, wraps, form)
     for index, x in enumerate(items):
         if type(x) is not np.ndarray:
             where = f"{what}: item {index}"
@@ -146,7 +153,9 @@ def views(xs: Sequence[Any], what: str, numbers: bool) -> Views:
             items[index], wrap, _ = arrays.view(x, where)
             if wrap is not None:
                 wraps[index] = wrap
-    return Views(items, wraps)
+    form = _fastpath.forms_key(items)
+    assert form is not None  # all are plain by now
+    return Views(items, wraps, form)
 
 
 class Works(Work):
@@ -194,7 +203,7 @@ class Works(Work):
 
 
 def start(
-    group: CoreGroup, layout: Layout, items: Sequence[Array], op: Op, what: str, targets: Sequence[Array] | None = None
+    group: CoreGroup, layout: Layout, items: list[Array], op: Op, what: str, targets: Sequence[Array] | None = None
 ) -> list[Work]:
     """Submit the works of a list, joining each bucket only then: the first travel while the next are copied.
 
@@ -216,8 +225,9 @@ def start(
             target = given if given is not None else np.empty(shape, bucket.dtype) if work.borrows_source else source
             alias = (0, 0) if target.ctypes.data == source.ctypes.data else None  # no other overlap has come so far
         else:
-            parts = [items[index] if shape is None else items[index].reshape(-1) for index, _, shape in bucket.cuts]
-            source = target = np.concatenate(parts, dtype=bucket.dtype, casting="unsafe") if parts else np.empty(0, bucket.dtype)
+            source = target = np.empty(bucket.items, bucket.dtype)
+            if not _fastpath.join(items, bucket.members, target):
+                np.concatenate([items[index].reshape(-1) for index in bucket.members], out=target, casting="unsafe")
         work.result = target
         call = Call(Collective.ALL_REDUCE, bucket.code, op, shape, bucket.items, tag=layout.tag, alias=alias)
         group.submit(what, call, source, target, work, budget)
@@ -251,7 +261,8 @@ def all_reduce(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str)
     given = views(xs, what, numbers=False)
     outs = None if out is None else _outs(out, given.items, what)
     # A list of nothing is a call as any other, to be compared with those of the other ranks.
-    layout = layout_of(given.items or [_NOTHING], None, _BUCKET_BYTES, ALONE_BYTES)
+    travelling = given if given.items else _NOTHING
+    layout = layout_of(travelling, None, _BUCKET_BYTES, ALONE_BYTES)
     for code in layout.codes if given.items else ():
         check_op(code, op, what)
     if group.size == 1:
@@ -261,7 +272,7 @@ def all_reduce(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str)
         itself = [x if isinstance(x, np.ndarray) or i in given.wraps else given.items[i] for i, x in enumerate(xs)]
         work.finish(itself if out is None else list(out))
         return work
-    works = start(group, layout, given.items or [_NOTHING], op, what, outs)
+    works = start(group, layout, travelling.items, op, what, outs)
     about = f"{len(xs)} arrays"
     if outs is None:
         return hold(works, about, lambda results: given.hand_out(layout.cut(results)[: len(xs)]))
@@ -276,7 +287,7 @@ def all_reduce(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str)
     return hold(works, about, write, written.clear)
 
 
-_NOTHING = np.empty(0, np.uint8)
+_NOTHING = views([np.empty(0, np.uint8)], "", numbers=False)
 
 
 def _outs(out: Any, items: Sequence[Array], what: str) -> list[Array]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rt import arrays
+from rt import _fastpath, arrays
 from rt.aio import Work
 from rt.dtypes import INEXACT, Op, code_of
 from rt.group import CoreGroup
@@ -31,16 +31,14 @@ def average(group: CoreGroup, tree: Any, bucket_bytes: int, communication_type: 
     if group.size == 1:
         work.finish(tree)
         return work
-    import optree  # here, not above: importing it costs more than the rest of rt
-
     from rt import fused
 
-    leaves, structure = optree.tree_flatten(tree)
+    leaves, rebuild = _flatten(tree)
     given = fused.views(leaves, _WHAT, numbers=True)
     wire = None if communication_type is None else np.dtype(arrays.dtype_of(communication_type))
     if wire is not None and code_of(wire) not in INEXACT:
         raise TypeError(f"{_WHAT}: communication_type must be floating or complex, not {wire}")
-    layout = fused.layout_of(given.items, wire, bucket_bytes, None)
+    layout = fused.layout_of(given, wire, bucket_bytes, None)
     for code in layout.codes:
         if code not in INEXACT:
             raise TypeError(f"{_WHAT}: gradients must be floating or complex, found {code.name.lower()}")
@@ -48,8 +46,17 @@ def average(group: CoreGroup, tree: Any, bucket_bytes: int, communication_type: 
             raise TypeError(f"{_WHAT}: communication_type {wire} cannot carry the {code.name.lower()} of a gradient")
     works = fused.start(group, layout, given.items, Op.MEAN, _WHAT)
     if not works:
-        work.finish(optree.tree_unflatten(structure, []))
+        work.finish(rebuild([]))
         return work
-    return fused.hold(
-        works, f"{len(leaves)} arrays", lambda results: optree.tree_unflatten(structure, given.hand_out(layout.cut(results)))
-    )
+    return fused.hold(works, f"{len(leaves)} arrays", lambda results: rebuild(given.hand_out(layout.cut(results))))
+
+
+def _flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Return the leaves of a tree, and what makes a tree of the same structure of others."""
+    # A plain list of plain arrays is its own leaves; optree would take as long as all the rest of the call.
+    if type(tree) in (list, tuple) and tree and _fastpath.forms_key(list(tree)) is not None:
+        return list(tree), type(tree)
+    import optree  # here, not above: importing it costs more than the rest of rt
+
+    leaves, structure = optree.tree_flatten(tree)
+    return leaves, lambda results: optree.tree_unflatten(structure, results)

@@ -260,7 +260,7 @@ def send_object(group: CoreGroup, obj: Any, dst: int, tag: int) -> Work:
     """Start to send an object; the result is the object."""
     peer = _peer(dst, group, "send to", "destination")
     tag = _tag(tag)
-    message = _pack(group, obj)
+    message = _pack(group, obj, "send_object")
     key = ("send", peer, tag)
     return _work(group, "send_object", key, message).begin(_send(group, message, peer, tag, lambda: obj))
 
@@ -278,7 +278,7 @@ def broadcast_object(group: CoreGroup, obj: Any, root: int) -> Work:
     root = _rank(root, group, "root")
     if group.size == 1:
         return _alone(group, obj)
-    message = _pack(group, obj) if group.rank == root else None
+    message = _pack(group, obj, "broadcast_object") if group.rank == root else None
     _trust(group)
     return _work(group, "broadcast_object", (), message).begin(_broadcast(group, obj, message, root))
 
@@ -288,7 +288,7 @@ def gather_objects(group: CoreGroup, obj: Any, root: int) -> Work:
     root = _rank(root, group, "root")
     if group.size == 1:
         return _alone(group, [obj])
-    message = _pack(group, obj)
+    message = _pack(group, obj, "gather_objects")
     return _work(group, "gather_objects", (), message).begin(_gather(group, "gather_objects", obj, message, root))
 
 
@@ -296,7 +296,7 @@ def all_gather_objects(group: CoreGroup, obj: Any) -> Work:
     """Start to gather the ranks' objects on every rank."""
     if group.size == 1:
         return _alone(group, [obj])
-    message = _pack(group, obj)
+    message = _pack(group, obj, "all_gather_objects")
     return _work(group, "all_gather_objects", (), message).begin(_gather(group, "all_gather_objects", obj, message, -1))
 
 
@@ -310,9 +310,13 @@ def _work(group: CoreGroup, what: str, key: tuple[Any, ...], message: Message | 
     return ObjectWork(group, what, group.object_orders.setdefault(key, Order()), message)
 
 
-def _pack(group: CoreGroup, obj: Any) -> Message:
+def _pack(group: CoreGroup, obj: Any, what: str) -> Message:
     _trust(group)
-    return Message.of(obj)
+    try:
+        return Message.of(obj)
+    except Exception as error:
+        error.add_note(f"{what}: the {type(obj).__name__} could not be pickled; nothing was sent")
+        raise
 
 
 def _trust(group: CoreGroup) -> None:

@@ -20,6 +20,7 @@ from ranks import FRONTS, Ranks, results, run
 
 import rt
 import rt.sync
+from rt import _fastpath
 from rt.fused import ALONE_BYTES, _check_overlaps
 from rt.group import Call, CoreGroup
 
@@ -414,3 +415,33 @@ async def every_kind(rt: Any, group: Any, ctl: Any) -> None:
 @fronts
 def test_lists_and_trees_of_every_kind(front: str) -> None:
     results(2, every_kind, front=front, timeout=90, **LENT)
+
+
+def test_the_form_of_a_list_is_told_by_dtypes_and_shapes_alone() -> None:
+    def key(*items: Any) -> bytes | None:
+        return _fastpath.forms_key(list(items))
+
+    a, b = np.zeros((2, 3), "f4"), np.ones((2, 3), "f4")
+    assert key(a, b) == key(b, a[:]) is not None and key() == b""
+    others = [key(a), key(a, b[:1]), key(a, b.T), key(a, b.reshape(6)), key(a, b.astype("f8")), key(a, b.view("i4")), key(b, a, a)]
+    assert len({key(a, b), *others}) == len(others) + 1
+    assert key(a, 1.0) is None and key(np.ma.array(a)) is None  # type: ignore[no-untyped-call]
+
+
+def test_arrays_are_joined_and_cut_at_the_same_places() -> None:
+    xs = [np.arange(6.0).reshape(2, 3), np.array(7.0), np.empty((0, 4)), np.arange(5.0)]
+    members, shapes = [3, 2, 0], [(5,), (0, 4), (2, 3)]
+    joined = np.zeros(12)
+    assert not _fastpath.join(xs, members, np.empty(12, "f4")), "another dtype"
+    assert not _fastpath.join([xs[0].T], [0], joined), "scattered"
+    with pytest.raises(ValueError, match="48 B where 24 B are left"):
+        _fastpath.join(xs, members, np.empty(8))
+    assert _fastpath.join(xs, members, joined) and joined.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0]
+    pieces: list[Any] = [None] * 4
+    _fastpath.cut(joined, members, shapes, pieces)
+    assert pieces[1] is None
+    for index in members:
+        assert pieces[index].shape == xs[index].shape and np.array_equal(pieces[index], xs[index])
+        assert pieces[index].flags.writeable and pieces[index].base is joined
+    with pytest.raises(ValueError, match="6 items where 3 are left"):
+        _fastpath.cut(joined[:8], members, shapes, pieces)

@@ -133,6 +133,11 @@ async def trees(rt: Any, group: Any, ctl: Any) -> None:
     odd = leaf((4, 6), me)[::2, ::-1]
     same((await rt.average_gradients([odd]))[0], mean((4, 6), size)[::2, ::-1], "not contiguous")
     same(await rt.average_gradients(leaf(7, me)), mean(7, size), "a leaf is a tree")
+    for kind in (list, tuple):
+        found = await rt.average_gradients(kind([leaf(3, me), leaf((2, 2), me)]))
+        assert type(found) is kind and len(found) == 2
+        same(found[0], mean(3, size), kind)
+        same(found[1], mean((2, 2), size), kind)
 
 
 @fronts

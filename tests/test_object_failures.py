@@ -164,8 +164,10 @@ async def fail_alone(rt: Any, group: Any, ctl: ranks.Ctl) -> None:
         lambda x: rt.broadcast_object(x, rank), lambda x: rt.gather_objects(x), lambda x: rt.all_gather_objects(x),
         lambda x: rt.send_object(x, 1 - rank),
     ):  # fmt: skip
-        with pytest.raises(RuntimeError, match="I stay here"):
+        with pytest.raises(RuntimeError, match="I stay here") as failed:
             await call(Unpicklable())
+        (note,) = failed.value.__notes__
+        assert re.fullmatch(r"(broadcast|gather|all_gather|send)_objects?: the Unpicklable could not be pickled; nothing was sent", note)
     for payload in (None, np.ones(100_000)):
         for start in (rt.broadcast_object, rt.all_gather_objects):
             if rank == 0:

@@ -42,6 +42,9 @@ async def work_object(rt: Any, group: Any, ctl: Any) -> None:
         return
     waiting = rt.recv(3, np.float32, 1)
     assert not waiting.done() and repr(waiting) == "<rt.Work recv #0 (float32, 12 B) in flight>", waiting
+    with pytest.raises(AttributeError, match=r"a Work has no 'shape'; its result may have: `await` it first, it is <rt.Work recv #0 "):
+        _ = waiting.shape
+    assert not hasattr(waiting, "__array__")
     found = await asyncio.gather(_value(waiting), _value(waiting), rt.barrier())
     assert found[0] is found[1]
 
