@@ -4,7 +4,7 @@
 # which finds out the rest and says what is wrong. May not: anything about links or works.
 
 
-def lies_like(array, like not None) -> bool:
+cpdef bint lies_like(array, like):
     """Whether ``array`` is a plain array of the shape and dtype of ``like`` to which results can be written where it lies."""
     cdef cnp.ndarray a, b
     cdef int i
@@ -19,7 +19,7 @@ def lies_like(array, like not None) -> bool:
     return True
 
 
-def lie_apart(a, b) -> bool:
+cpdef bint lie_apart(a, b):
     """Whether two plain, C-contiguous arrays share no memory."""
     cdef char *start_a
     cdef char *start_b

@@ -267,8 +267,8 @@ cdef class Engine:
 
     # -- works
 
-    def submit(self, Work handle not None, Program program not None, uint64_t group, uint64_t channel_id, bytes signature,
-               ranks, int size, source, target, Py_ssize_t budget):
+    cpdef int submit(self, Work handle, Program program, uint64_t group, uint64_t channel_id, bytes signature, list ranks, int size,
+                     source, target, Py_ssize_t budget) except -1:
         """Start a work and make progress at once.
 
         Args:

@@ -7,6 +7,10 @@ cdef class Work:
     """A collective in flight: its memory, its outcome, and who is to be told.
 
     Attributes:
+        group: the group it runs on.
+        what: what was called, for messages, for example ``all_sum``.
+        about: dtype and size, for messages.
+        borrows_source, borrows_target: whether the memory is the caller's.
         result: what the collective returns; valid once ``state`` is DONE.
         hand_out: callable that makes of the result what the caller gets, called once; None: the result itself.
         error: callable that makes the exception of a failed work from the work.
@@ -16,6 +20,11 @@ cdef class Work:
     """
     cdef WorkState *work
     cdef Program program
+    cdef public object group
+    cdef public object what
+    cdef public object about
+    cdef public bint borrows_source
+    cdef public bint borrows_target
     cdef readonly object source
     cdef readonly object target
     cdef public object result
@@ -26,6 +35,9 @@ cdef class Work:
     cdef readonly Py_ssize_t received
     cdef list waiters
     cdef object __weakref__
+
+    def __cinit__(self):
+        self.what = self.about = ""
 
     cdef void attach(self, WorkState *work, Program program, source, target):
         self.work = work
@@ -200,6 +212,7 @@ def turn(Engine engine not None, Py_ssize_t budget, double spin):
 
 
 cdef enum:
+    BLOCKING_BUDGET = 1 << 24               # bytes that a blocking thread moves before it looks at the clock
     BLOCKED_MILLISECONDS = 500              # before a blocked thread says so: long enough to be rare, short for who waits for ever
 
 
@@ -220,7 +233,7 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
         while handle.state == STATE_FLYING:
             until = rt_now() + spin
             while True:
-                status = engine.advance(1 << 24, found != NEWS_IN_MEMORY)
+                status = engine.advance(BLOCKING_BUDGET, found != NEWS_IN_MEMORY)
                 if handle.state != STATE_FLYING:
                     return True
                 now = rt_now()

@@ -94,18 +94,9 @@ class Work(_fastpath.Work):
 
     Cancelling the await, also by ``asyncio.timeout``, never harms the group: the collective goes on with a private copy, and
     ``CancelledError`` arrives once the caller's memory is free.
-
-    Attributes:
-        group: the group it runs on.
-        what: what was called, for messages, for example ``all_sum``.
-        about: dtype and size, for messages.
     """
 
-    # Of the class until they differ: a work is made for every call.
-    what = ""
-    about = ""
-    borrows_source = False
-    borrows_target = False
+    group: CoreGroup
     _limit: tuple[float, float] | None = None  # seconds, and when they end, until some loop watches it
 
     def __init__(self, group: CoreGroup) -> None:

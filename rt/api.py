@@ -54,6 +54,9 @@ class Api(Generic[R]):
     def _run(self, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> R:
         raise NotImplementedError
 
+    def _all_reduce(self, group: Any, what: str, op: str, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> R:
+        return self._run(group, lambda core, x, out: collectives.all_reduce(core, x, op, out, what), x, out, timeout, stream, key)
+
     def all_reduce(
         self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
         timeout: float | None = None, key: Any = None,
@@ -68,25 +71,25 @@ class Api(Generic[R]):
                 wrap; on bool, sum is or, prod is and; half types accumulate in float32 and round once; min and max propagate NaN and
                 order complex numbers lexicographically.
         """
-        return self._run(group, lambda core, x, out: collectives.all_reduce(core, x, op, out), x, out, timeout, stream, key)
+        return self._all_reduce(group, "all_reduce", op, x, out, timeout, stream, key)
 
     def all_sum(
         self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
     ) -> R:
         """Sum x over all ranks: ``all_reduce(x, "sum")``."""
-        return self._run(group, lambda core, x, out: collectives.all_reduce(core, x, "sum", out, "all_sum"), x, out, timeout, stream, key)
+        return self._all_reduce(group, "all_sum", "sum", x, out, timeout, stream, key)
 
     def all_max(
         self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
     ) -> R:
         """Elementwise maximum of x over all ranks: ``all_reduce(x, "max")``."""
-        return self._run(group, lambda core, x, out: collectives.all_reduce(core, x, "max", out, "all_max"), x, out, timeout, stream, key)
+        return self._all_reduce(group, "all_max", "max", x, out, timeout, stream, key)
 
     def all_min(
         self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
     ) -> R:
         """Elementwise minimum of x over all ranks: ``all_reduce(x, "min")``."""
-        return self._run(group, lambda core, x, out: collectives.all_reduce(core, x, "min", out, "all_min"), x, out, timeout, stream, key)
+        return self._all_reduce(group, "all_min", "min", x, out, timeout, stream, key)
 
     def all_gather(
         self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
@@ -323,5 +326,7 @@ def check_common(timeout: float | None, stream: Any, key: Any) -> None:
         raise ConfigError("stream= is for accelerator backends; the ring takes stream=None")
     if key is not None:
         raise ConfigError("key= (order-free matching) is not available yet; use a sub-group or tag= to order calls independently")
+    if timeout is not None and not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")

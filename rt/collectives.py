@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rt import arrays
-from rt.aio import Work
+from rt.aio import BUDGET_BYTES, Work
 from rt.dtypes import INEXACT, OPS, DType, Op, check_op, code_of, numpy_dtype
 from rt.group import Call, CoreGroup, hash64
 from rt.schedule import Collective
@@ -21,6 +21,11 @@ from rt.schedule import Collective
 
 def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_reduce") -> Work:
     """Start an all-reduce; the result has x's shape. Of a list of arrays, the result is the list of theirs."""
+    # The call that servers make all day: to check and describe it takes longer than to carry it out.
+    known: Work | None = group.reductions.start(x, op, out, what, BUDGET_BYTES)
+    if known is not None:
+        group.follow(group.reductions.status)
+        return known
     code = _operator(op)
     if isinstance(x, (list, tuple)):
         from rt import fused  # 4 ms, which ``import rt`` is spared
@@ -34,14 +39,12 @@ def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_red
     target = _target(out, array.shape, array, what, work)
     alias = (0, 0) if target is array else _aliasing(x, array, target, what, {(0, 0)})
     work.result = target
-    # The call that servers make all day is looked up by what lies at hand: to check and describe it takes longer than to carry it out.
-    key = (code, array.dtype, array.shape, alias)
-    ready = group.reductions.get(key)
-    if ready is None:
-        dtype = code_of(array.dtype)
-        check_op(dtype, code, what)
-        ready = group.reductions[key] = group.plan(Call(Collective.ALL_REDUCE, dtype, code, array.shape, array.size, alias=alias))
-    group.start(what, ready, array, target, work)
+    dtype = code_of(array.dtype)
+    check_op(dtype, code, what)
+    call = Call(Collective.ALL_REDUCE, dtype, code, array.shape, array.size, alias=alias)
+    group.submit(what, call, array, target, work)
+    if array is x and (target is x) == (alias is not None):
+        group.reductions.remember(x, op, target, group.ready(call))
     return work
 
 

@@ -107,8 +107,8 @@ class CoreGroup:
         self.splits = 0
         self.object_orders: dict[tuple[Any, ...], Order] = {}
         self._plans: dict[Call, Ready] = {}
-        self.reductions: dict[tuple[Any, ...], Ready] = {}  # those of all_reduce, by what ``collectives`` finds them
         self._recent: list[tuple[int, bytes]] = [(-1, b"")] * _RECENT
+        self.reductions = _fastpath.Reductions(Work, self, self.engine, identity, self.ranks, self._recent)
         if self.engine is not None and world is not None:
             self.full_mesh = all((min(a, b), max(a, b)) in world.direct for a in self.ranks for b in self.ranks if a != b)
             self._links = [0 if r == world.rank else self.engine.links_to(r) for r in self.ranks]
@@ -117,10 +117,7 @@ class CoreGroup:
 
     def submit(self, what: str, call: Call, source: Any, target: Any, work: Work, budget: int = BUDGET_BYTES) -> None:
         """Start ``work``; arguments are checked by now. Raises the group's error if it is broken or closed."""
-        self.start(what, self._plans.get(call) or self.plan(call), source, target, work, budget)
-
-    def start(self, what: str, ready: Ready, source: Any, target: Any, work: Work, budget: int = BUDGET_BYTES) -> None:
-        """As ``submit``, with a plan that was made before."""
+        ready = self.ready(call)
         assert self.engine is not None
         work.what = what
         work.about = ready.about
@@ -133,9 +130,17 @@ class CoreGroup:
             self._recent[work.sequence % _RECENT] = (work.sequence, ready.signature[: _SIGNATURE.size])
         if self.failure is not None and work.state == _fastpath.FLYING:
             self.engine.break_group(self.identity, self.failure)  # it broke between the two lines above
+        self.follow(status)
+
+    def follow(self, status: int) -> None:
+        """Have the running loop, if there is one, do what the engine's answer to a submit asks for."""
         loop = asyncio._get_running_loop()
         if loop is not None:
             self.driver(loop).follow(status)
+
+    def ready(self, call: Call) -> Ready:
+        """Return what carries out a call, made once."""
+        return self._plans.get(call) or self.plan(call)
 
     def recent(self, sequence: int) -> bytes | None:
         """Return the signature of a collective that this rank called not long ago, None if it is not known any more."""
@@ -177,7 +182,7 @@ class CoreGroup:
         ready = Ready(program, signature, self._channel(call), about)
         if len(self._plans) >= _PLANS_MOST:
             self._plans.clear()
-            self.reductions.clear()
+            self.reductions.forget()
         self._plans[call] = ready
         return ready
 
@@ -226,9 +231,14 @@ class CoreGroup:
     def fail(self, failure: Callable[..., RTError]) -> None:
         """Break the group for good, from any thread. The first failure stays."""
         if self.failure is None:
-            self.failure = failure
+            self.refuse(failure)
         if self.engine is not None:
-            self.engine.break_group(self.identity, self.failure)
+            self.engine.break_group(self.identity, self.failure or failure)
+
+    def refuse(self, failure: Callable[..., RTError]) -> None:
+        """Have every call from now on raise ``failure``."""
+        self.failure = failure
+        self.reductions.break_off(failure)
 
     def broken(self, kind: type[GroupBrokenError], culprit: int | None, text: str) -> Callable[..., GroupBrokenError]:
         """Return what makes this group's error for a work."""

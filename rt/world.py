@@ -325,7 +325,7 @@ class World:
         if self.control is not None:
             self.control.after_fork_in_child()
         for group in self.groups.values():
-            group.failure = group.closed("this process was forked from a rank; only the parent may use its groups")
+            group.refuse(group.closed("this process was forked from a rank; only the parent may use its groups"))
 
 
 def _cores() -> int:
