@@ -138,6 +138,7 @@ async def mixed_with_tasks(rt: Any, group: Any, ctl: Any) -> None:
     waiting = rt.recv(1, np.float64, 1 - group.rank())
     with pytest.raises(RuntimeError, match="would block the event loop"):
         rt_sync_all_sum(x)
+    await rt.barrier()  # before that nothing arrives, and the recv is in flight
     await rt.send(np.ones(1), 1 - group.rank())
     await waiting
 
