@@ -21,7 +21,9 @@ DEBUG = os.environ.get("RT_DEBUG") == "1"
 COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unused-function"]
 
 # The included files are named so that setuptools rebuilds when they change.
-PXI = ("arrays", "lists", "program", "links", "shared", "receive", "send", "works", "deadlock", "submit", "engine", "work", "known")
+PXI = (
+    "arrays", "lists", "pool", "program", "links", "shared", "receive", "send", "works", "deadlock", "submit", "engine", "work", "known",
+)  # fmt: skip
 PARTS = ["_kernels.h", "_poll.h", "_ring.h", *(f"_{part}.pxi" for part in PXI)]
 
 extension = Extension(

@@ -308,12 +308,12 @@ cdef class Engine:
                        PyBytes_AS_STRING(signature) + (plan.slots[i].peer * SIGNATURE_BYTES if by_peer else 0), SIGNATURE_BYTES)
             self.lock()
         except BaseException:
-            free(work)
+            work_free(work)
             raise
         channel = channel_get(&self.core, channel_id) if not self.closed else NULL
         if channel == NULL:
             self.unlock()
-            free(work)
+            work_free(work)
             raise RuntimeError("the engine is closed") if self.closed else MemoryError()
         channel.group = group
         handle.attach(work, program, source, target)

@@ -2,6 +2,7 @@
 #
 # May live here: imports, constants of the wire format, the structs that the included parts share, and module-level odds and ends too
 # small for a part of their own. The parts:
+#   _pool.pxi      memory of large results, used again when arrays die
 #   _program.pxi   a schedule, checked and compiled into flat arrays with its hazards
 #   _links.pxi     a link: one ordered byte stream to one peer that never blocks
 #   _receive.pxi   incoming frames: where they land
@@ -14,6 +15,7 @@
 #   _known.pxi     all-reduces that were made before, started in one go
 #   _arrays.pxi    questions about arrays that every call asks
 #   _lists.pxi     lists of arrays that travel as one
+#   _pool.pxi      memory for large results, used again when arrays die
 # The hot path is structs and nogil functions, not extension types: Cython cannot follow references to objects without the GIL.
 # Directives stand in setup.py.
 
@@ -83,7 +85,7 @@ cdef extern from "_ring.h" nogil:
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
     int munmap(void *address, size_t length)
-    int PROT_READ, PROT_WRITE, MAP_SHARED
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS
     void *MAP_FAILED
 
 cdef extern from "<sched.h>" nogil:
@@ -289,7 +291,7 @@ cdef struct WorkState:
     Py_ssize_t *done         # items complete, per step
     StreamState *streams
     SlotState *slots
-    char *temps
+    char *temps              # NULL: behind this struct
     WorkState *next               # in the channel, by sequence
     WorkState *prev
     WorkState *next_active
@@ -446,6 +448,7 @@ LOST, CLOSED, MISMATCH, PROTOCOL = EVENT_LOST, EVENT_CLOSED, EVENT_MISMATCH, EVE
 
 include "_arrays.pxi"
 include "_lists.pxi"
+include "_pool.pxi"
 include "_program.pxi"
 include "_links.pxi"
 include "_shared.pxi"

@@ -12,7 +12,6 @@ cdef enum:
     KNOWN_MOST = 64                         # in a table of twice as many places
     KNOWN_PLACES = 128
     KNOWN_DIMS = 5
-    FRESH_MOST = 1 << 20                    # bytes of a result that is made here: more is a matter for who keeps memory
 
 
 cdef struct Known:
@@ -121,7 +120,7 @@ cdef class Reductions:
         if not cnp.PyArray_ISCARRAY_RO(array) or cnp.PyArray_NDIM(array) > KNOWN_DIMS:
             return None
         if out is None:
-            if cnp.PyArray_NBYTES(array) >= FRESH_MOST:
+            if cnp.PyArray_NBYTES(array) >= POOLED_BYTES:    # a matter for those who keep memory
                 return None
         elif not lies_like(out, array) or out is not x and not lie_apart(out, array):
             return None

@@ -8,14 +8,15 @@ cdef Py_ssize_t aligned(Py_ssize_t nbytes) noexcept nogil:
 
 
 cdef WorkState *work_new(Plan *plan) noexcept nogil:
-    """One block for everything a work needs, temporary buffers included."""
+    """One block for everything a work needs, temporary buffers included; those of 1 MiB and more come from where results do."""
     cdef Py_ssize_t base = aligned(sizeof(WorkState))
     cdef Py_ssize_t at_buffers = base
     cdef Py_ssize_t at_done = at_buffers + aligned(plan.buffer_count * sizeof(char *))
     cdef Py_ssize_t at_streams = at_done + aligned(plan.step_count * sizeof(Py_ssize_t))
     cdef Py_ssize_t at_slots = at_streams + aligned(plan.stream_count * sizeof(StreamState))
     cdef Py_ssize_t at_temps = at_slots + aligned(plan.slot_count * sizeof(SlotState))
-    cdef char *block = <char *>malloc(at_temps + plan.temp_total + 64)
+    cdef bint apart = plan.temp_total >= POOLED_BYTES
+    cdef char *block = <char *>malloc(at_temps + (0 if apart else plan.temp_total + 64))
     cdef WorkState *work = <WorkState *>block
     cdef char *temp
     cdef int i
@@ -23,17 +24,28 @@ cdef WorkState *work_new(Plan *plan) noexcept nogil:
         return NULL
     # Small temporaries are cleared too: barriers send an item that nobody wrote.
     memset(block, 0, at_temps + (plan.temp_total + 64 if plan.temp_total <= 4096 else 0))
+    if apart:
+        work.temps = <char *>pool_take(plan.temp_total)
+        if work.temps == NULL:
+            free(block)
+            return NULL
     work.plan = plan
     work.buffers = <char **>(block + at_buffers)
     work.done = <Py_ssize_t *>(block + at_done)
     work.streams = <StreamState *>(block + at_streams)
     work.slots = <SlotState *>(block + at_slots)
-    temp = block + at_temps
+    temp = work.temps if apart else block + at_temps
     temp += (64 - <uintptr_t>temp % 64) % 64
     for i in range(2, plan.buffer_count):
         work.buffers[i] = temp
         temp += plan.temp_bytes[i]
     return work
+
+
+cdef void work_free(WorkState *work) noexcept nogil:
+    if work.temps != NULL:
+        pool_give(work.temps)
+    free(work)
 
 
 cdef void work_start(Core *core, WorkState *work, Channel *channel) noexcept nogil:

@@ -194,7 +194,7 @@ cdef void work_release(WorkState *work) noexcept nogil:
     """Forget a finished work: its outcome was told, and every peer's signature was compared or never will be."""
     rt_check(work.state != STATE_FLYING and work.stashed == 0)
     channel_remove(work.channel, work)
-    free(work)
+    work_free(work)
 
 
 cdef void work_abandon(Core *core, WorkState *work) noexcept nogil:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BUDGET_BYTES = 1 << 20  # moved per turn of the loop: about 0.3 ms
 FAIR_SECONDS = 1e-3  # awaits that never suspend hand the loop over once in this time
 _SLICE_BYTES = 1 << 20
+_BYTE = np.dtype(np.uint8)
 
 
 class LoopDriver:
@@ -181,12 +182,12 @@ class Work(_fastpath.Work):
             # The engine writes there, so it must stand still while the bytes are copied: no slices. In place, one of the two is a part
             # of the other and they move together.
             whole = source if shared and source.nbytes > target.nbytes else target
-            _fastpath.move_memory(engine, self, whole, np.empty(whole.nbytes, np.uint8), True)
+            _fastpath.move_memory(engine, self, whole, _fastpath.empty((whole.nbytes,), _BYTE), True)
 
 
 def copied(array: np.ndarray[Any, Any]) -> Generator[None, None, np.ndarray[Any, Any]]:
     """Return the bytes of an array in new memory; yields between slices."""
-    private = np.empty(array.nbytes, np.uint8)
+    private = _fastpath.empty((array.nbytes,), _BYTE)
     old = array.reshape(-1).view(np.uint8)
     for start in range(0, array.nbytes, _SLICE_BYTES):
         if start:

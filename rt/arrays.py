@@ -189,8 +189,14 @@ def contiguous(items: Array) -> Array:
     flags = items.flags
     if flags.c_contiguous and flags.aligned:
         return items
-    # "C" order with a fresh buffer; np.ascontiguousarray would turn 0-d into 1-d.
-    return np.array(items, order="C", copy=True)
+    return copy(items)  # np.ascontiguousarray would turn 0-d into 1-d
+
+
+def copy(items: Array, dtype: np.dtype[Any] | None = None) -> Array:
+    """Return the items, converted if ``dtype`` says to what, C-contiguous and in memory of ours."""
+    fresh = _fastpath.empty(items.shape, items.dtype if dtype is None else dtype)
+    np.copyto(fresh, items, casting="unsafe")
+    return fresh
 
 
 def target(out: Any, shape: tuple[int, ...], like_array: Array | None, what: str, work: Work, dtype: Any = None) -> Array:
@@ -198,7 +204,7 @@ def target(out: Any, shape: tuple[int, ...], like_array: Array | None, what: str
     if like_array is not None:
         dtype = like_array.dtype
     if out is None:
-        return np.empty(shape, dtype)
+        return _fastpath.empty(shape, dtype)
     if like_array is not None and like_array.shape == shape and _fastpath.lies_like(out, like_array):
         work.hand_out, work.borrows_target = None, True
         return out  # type: ignore[no-any-return]
@@ -266,11 +272,11 @@ def private(x: Any) -> Any:
     """Return a copy of what a call was given, an array or a tree of them, whose memory goes back to the caller."""
     import optree  # here, not above: importing it costs more than the rest of rt
 
-    def copy(leaf: Any) -> Any:
+    def private_leaf(leaf: Any) -> Any:
         try:
             items, wrap, _ = view(leaf, "")
         except TypeError:
             return leaf  # no array: the call will say so itself
-        return items.copy() if wrap is None else wrap(items.copy())
+        return copy(items) if wrap is None else wrap(copy(items))
 
-    return optree.tree_map(copy, x)
+    return optree.tree_map(private_leaf, x)

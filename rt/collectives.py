@@ -98,7 +98,7 @@ def scan(group: CoreGroup, x: Any, op: str, out: Any, what: str = "scan") -> Wor
     work.result = target
     if not inclusive and group.rank == 0:
         if alias is not None:  # x is still to be sent when the identity has taken its place
-            array, alias, work.borrows_source = array.copy(), None, False
+            array, alias, work.borrows_source = arrays.copy(array), None, False
         target[...] = _identity(dtype, code)
         if group.size == 1:
             work.finish(target)
@@ -192,7 +192,7 @@ def sendrecv(group: CoreGroup, x: Any, dst: int, src: int, out: Any, tag: int) -
         work.hand_out = sent.hand_out
     arrives = code_of(target.dtype)
     if np.may_share_memory(array, target):  # two works know nothing of each other's memory
-        array, sent.borrows_source = array.copy(), False
+        array, sent.borrows_source = arrays.copy(array), False
     work.result = target
     group.submit("sendrecv", Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=to, tag=number), array, None, sent)
     group.submit("sendrecv", Call(Collective.RECV, arrives, Op.SUM, target.shape, target.size, root=origin, tag=number), None, target, work)

@@ -23,6 +23,7 @@ from typing import Any
 from rt.blame import Judge, Report, Verdict
 from rt.bootstrap import Wiring, bootstrap
 from rt.config import RingConfig
+from rt.pool import Keeper
 from transports import tcp
 from transports.relay import RELAY_ACK, RELAY_DATA, Relay, RelayPipe
 
@@ -78,6 +79,7 @@ class Control:
         self._seen: set[Report] = set()
         self._left: set[int] = set()
         self._lost: set[int] = set()
+        self._pool: Keeper | None = None
         self._leaving = asyncio.Event()
         self._farewell_seconds = 0.0
         self._main_task: asyncio.Task[None] | None = None
@@ -133,6 +135,8 @@ class Control:
         left with a number that the child might use for something else.
         """
         self._abandoned = True
+        if self._pool is not None:
+            self._pool.abandon_in_child()
         fds = [*self._pidfds.values(), *(peer.writer.get_extra_info("socket").fileno() for peer in self._peers.values())]
         fds += [self._selector.fileno()] if hasattr(self._selector, "fileno") else []
         null = os.open(os.devnull, os.O_RDWR)
@@ -169,14 +173,18 @@ class Control:
             return
         self._main_task = None
         self._adopt(wiring)
+        self._pool = Keeper(self._loop)
         if self.ready.set_running_or_notify_cancel():
             self.ready.set_result(wiring)
         else:
             self._leaving.set()
             for sock in (sock for socks in wiring.data.values() for sock in socks):
                 sock.close()
-        await self._leaving.wait()
-        await self._farewell()
+        try:
+            await self._leaving.wait()
+            await self._farewell()
+        finally:
+            self._pool.close()
 
     def _adopt(self, wiring: Wiring) -> None:
         for rank, (reader, writer) in wiring.control.items():

@@ -89,7 +89,7 @@ class Layout:
                 continue
             _fastpath.cut(result, bucket.members, bucket.shapes, pieces)
         if self.casts:
-            return [piece.astype(dtype, copy=False) for piece, dtype in zip(pieces, self.dtypes, strict=True)]
+            return [piece if piece.dtype == to else arrays.copy(piece, to) for piece, to in zip(pieces, self.dtypes, strict=True)]
         return pieces
 
 
@@ -220,12 +220,12 @@ def start(
             index = bucket.members[0]
             mine, given = items[index], None if targets is None else targets[index]
             shape = mine.shape
-            source = arrays.contiguous(mine.astype(bucket.dtype, copy=False))
+            source = arrays.contiguous(mine) if mine.dtype == bucket.dtype else arrays.copy(mine, bucket.dtype)
             work.borrows_source, work.borrows_target = source is mine, given is not None
-            target = given if given is not None else np.empty(shape, bucket.dtype) if work.borrows_source else source
+            target = given if given is not None else _fastpath.empty(shape, bucket.dtype) if work.borrows_source else source
             alias = (0, 0) if target.ctypes.data == source.ctypes.data else None  # no other overlap has come so far
         else:
-            source = target = np.empty(bucket.items, bucket.dtype)
+            source = target = _fastpath.empty(shape, bucket.dtype)
             if not _fastpath.join(items, bucket.members, target):
                 np.concatenate([items[index].reshape(-1) for index in bucket.members], out=target, casting="unsafe")
         work.result = target

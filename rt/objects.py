@@ -41,6 +41,7 @@ OUT_OF_BAND_BYTES = 65536  # a smaller buffer is copied into the pickle: that co
 
 _COUNTS = struct.Struct("<QQ")  # bytes of the pickle, number of buffers out of band; then their sizes, then the pickle, as far as they fit
 _SIZE_BYTES = 8
+_BYTE = np.dtype(np.uint8)
 
 Array = np.ndarray[Any, Any]
 # Yields works that must end before it goes on; returns the last ones and what makes the result. Later calls wait until it returns.
@@ -73,7 +74,7 @@ class Message:
         if end <= HEADER_BYTES:
             self._end = end
             return self.header[begin:end]
-        pieces.append(np.empty(nbytes, np.uint8) if given is None else np.frombuffer(given, np.uint8))
+        pieces.append(_fastpath.empty((nbytes,), _BYTE) if given is None else np.frombuffer(given, np.uint8))
         return pieces[-1]
 
     @classmethod
@@ -105,7 +106,7 @@ class Message:
     def allocate(self) -> None:
         """Find memory for the buffers."""
         sizes = struct.unpack(f"<{len(self._sizes) // _SIZE_BYTES}Q", self._sizes.data)
-        self.buffers = [np.empty(nbytes, np.uint8) for nbytes in sizes]
+        self.buffers = [_fastpath.empty((nbytes,), _BYTE) for nbytes in sizes]
 
     def rest(self) -> list[Array]:
         """The pieces that follow ``first``."""
