@@ -15,7 +15,6 @@
 #   _known.pxi     all-reduces that were made before, started in one go
 #   _arrays.pxi    questions about arrays that every call asks
 #   _lists.pxi     lists of arrays that travel as one
-#   _pool.pxi      memory for large results, used again when arrays die
 # The hot path is structs and nogil functions, not extension types: Cython cannot follow references to objects without the GIL.
 # Directives stand in setup.py.
 
