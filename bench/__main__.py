@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import fused, idle, imports, local, loop_lag, measure, options, report
+from bench import fused, idle, imports, kernels, local, loop_lag, measure, options, report
 from bench.collectives import COLLECTIVES
 from bench.meeting import BenchError, require
 
@@ -29,6 +29,7 @@ examples:
   rt.bench loop_lag                            does the event loop stay responsive?
   rt.bench idle                                what does waiting cost?
   rt.bench fused                               what does one call for many arrays save?
+  rt.bench kernels -d float32                  how fast is the arithmetic, beside loops written by hand?
   rt.bench import                              what does `import rt` cost?
 
 Outside a job all ranks run on this host, over loopback. Load from elsewhere shows in every number: look at the load average in the header.
@@ -46,6 +47,17 @@ other in an all_reduce; waiting for a broadcast.
 
 _FUSED = """\
 200 arrays of 1 KiB: one all_sum after the other, one all_sum of the list, and average_gradients of it, in turns, in both front ends.
+"""
+
+_KERNELS = """\
+The loops that reduce, for every operator and dtype, on one core: GB/s of bytes read and written (dst = left op right moves three
+times the operand's bytes), in the first-level cache, in the second-level one and in memory.
+
+In cache, beside loops that are vectorised by hand (bench/hand_loops.c) and compiled now, with `cc`, for the widest vectors that this
+processor has; the fastest of them counts. They do the same: integers wrap, min and max know NaN and -0, half types round once. Below
+0.75 a loop of rt's is worth looking at. In memory, beside a loop that hardly computes: 1.0 is as fast as memory is.
+
+Loops take turns; a ratio is the median over rounds of one round's ratio. mean is a sum, and is not listed.
 """
 
 _IMPORT = """\
@@ -70,6 +82,10 @@ def parser() -> argparse.ArgumentParser:
     lag.add_argument("--bytes", type=options.byte_count, default="1G", help=large)
     _add(commands, "idle", "CPU that waiting costs", _IDLE, ranks=True)
     _add(commands, "fused", "many small arrays in one call", _FUSED, ranks=True)
+    loops = _add(commands, "kernels", "the reduction loops, beside loops by hand", _KERNELS, ranks=False)
+    for letter, known, what in (("-o", kernels.OPS, "operators"), ("-d", kernels.DTYPES, "dtypes")):
+        told = f"{what}, of {','.join(known)} (default: all)"
+        loops.add_argument(letter, type=options.choice_of(known), default=known, metavar="A,B", help=told)
     _add(commands, "import", "how long `import rt` takes", _IMPORT, ranks=False)
     return top
 
@@ -134,6 +150,11 @@ def run(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
     if arguments.command == "fused":
         rows = fused.run(arguments.n or 2)
         return fused.text(rows), rows, 0
+    if arguments.command == "kernels":
+        if not kernels.cases(arguments.o, arguments.d):
+            raise argparse.ArgumentTypeError(f"-o {','.join(arguments.o)}: found dtypes {','.join(arguments.d)}, expected bool or integers")
+        rows = kernels.run(arguments.o, arguments.d)
+        return kernels.text(rows), rows, 0
     rows = imports.run()
     return imports.text(rows), rows, 0
 

@@ -445,6 +445,16 @@ FLYING, DONE, FAILED = STATE_FLYING, STATE_DONE, STATE_FAILED
 IDLE, BLOCKED, BUDGET = PROGRESS_IDLE, PROGRESS_BLOCKED, PROGRESS_BUDGET
 LOST, CLOSED, MISMATCH, PROTOCOL = EVENT_LOST, EVENT_CLOSED, EVENT_MISMATCH, EVENT_PROTOCOL
 
+
+def reduce_kernel(int dtype, int op):
+    """Return the address of the loop that reduces ``dtype`` by ``op`` here, None where there is none; for ``rt.bench kernels``.
+
+    It is ``void (void *dst, const void *left, const void *right, size_t items)``, the one that the engine calls.
+    """
+    cdef uintptr_t address = <uintptr_t>rt_reduce_kernel(dtype, op)
+    return address or None
+
+
 include "_arrays.pxi"
 include "_lists.pxi"
 include "_pool.pxi"

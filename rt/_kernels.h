@@ -64,6 +64,9 @@ enum { RT_ISAS = 3 };
 enum { RT_ISAS = 1 };
 #endif
 
+/* Loops whose wide forms stand apart, in intrinsics: compilers find neither F16C nor a good form of a float's min and max by themselves. */
+#define RT_PLAIN(DEFINE, ...) DEFINE(, _base, __VA_ARGS__)
+
 /* ---- items ------------------------------------------------------------------------------------------------------------------- */
 
 typedef uint8_t RT_ITEM rt_u8;
@@ -126,23 +129,26 @@ RT_INLINE uint16_t rt_f16_store(float value) {
 }
 
 /* bfloat16 is the upper half of a float32. Loops that both read and write it take a word of two items at a time, so that every lane is
- * 32 bits wide and nothing has to be shuffled together (nearly twice as fast as item by item). */
-RT_INLINE uint32_t rt_bf16_round(float value) { /* the result is in the upper half; the lower one is garbage */
-    uint32_t u = rt_f32_bits(value);
-    return rt_pick(value != value, u | 0x400000, u + 0x7fff + (u >> 16 & 1));
-}
+ * 32 bits wide and nothing has to be shuffled together (nearly twice as fast as item by item). Both functions give the rounded number in
+ * the upper half and garbage in the lower one. The plain one is also right for a NaN whose lower half is 0, since then nothing carries:
+ * those are the NaN that sums and products of bfloat16 give. */
+RT_INLINE uint32_t rt_bf16_nearest(float value) { uint32_t u = rt_f32_bits(value); return u + 0x7fff + (u >> 16 & 1); }
+RT_INLINE uint32_t rt_bf16_round(float value) { return rt_pick(value != value, rt_f32_bits(value) | 0x400000, rt_bf16_nearest(value)); }
 RT_INLINE float rt_bf16_load(uint16_t half) { return rt_f32_from((uint32_t)half << 16); }
 RT_INLINE uint16_t rt_bf16_store(float value) { return (uint16_t)(rt_bf16_round(value) >> 16); }
 RT_INLINE float rt_bf16_low(uint32_t pair) { return rt_f32_from(pair << 16); }
 RT_INLINE float rt_bf16_high(uint32_t pair) { return rt_f32_from(pair & UINT32_C(0xffff0000)); }
-RT_INLINE uint32_t rt_bf16_pair(float low, float high) { return rt_bf16_round(low) >> 16 | (rt_bf16_round(high) & UINT32_C(0xffff0000)); }
+RT_INLINE uint32_t rt_bf16_pair(float low, float high) {
+    return rt_bf16_nearest(low) >> 16 | (rt_bf16_nearest(high) & UINT32_C(0xffff0000));
+}
 
-/* min/max of half types needs no float: with the magnitude bits of negative numbers flipped, sign-and-magnitude order is integer order. */
-RT_INLINE int16_t rt_half_key(int16_t h) { return (int16_t)(h ^ ((h >> 15) & 0x7fff)); }
+/* min/max of half types needs no float: as signed integers sign-and-magnitude numbers are in order, but for two negative ones, which are
+ * the wrong way round. */
 RT_INLINE uint16_t rt_half_extreme(uint16_t a, uint16_t b, int min, int16_t inf, uint16_t qnan) {
-    int16_t x = rt_half_key((int16_t)a), y = rt_half_key((int16_t)b), low = x < y ? x : y, high = x > y ? x : y;
+    int16_t x = (int16_t)a, y = (int16_t)b, low = x < y ? x : y, high = x > y ? x : y;
     int16_t size_a = a & 0x7fff, size_b = b & 0x7fff, size = size_a > size_b ? size_a : size_b;
-    return size > inf ? qnan : (uint16_t)rt_half_key(min ? low : high);
+    int16_t smaller = high < 0 ? high : low, larger = high < 0 ? low : high;
+    return size > inf ? qnan : (uint16_t)(min ? smaller : larger);
 }
 
 /* ---- loops ------------------------------------------------------------------------------------------------------------------- */
@@ -173,21 +179,35 @@ RT_INLINE uint16_t rt_half_extreme(uint16_t a, uint16_t b, int min, int16_t inf,
         } \
     }
 #define RT_REDUCE(NAME, T, EXPR) RT_EACH_ISA(RT_BINARY_LOOP, NAME, void, void, T, T, T, EXPR)
+/* Items of type T by the word W that holds two; PAIR is for a word, ITEM for the odd one at the end. */
+#define RT_PAIR_LOOP(ISA, S, NAME, W, T, PAIR, ITEM) \
+    RT_BINARY_LOOP(ISA, S, NAME##_pair, void, void, W, W, W, PAIR) \
+    ISA static void NAME##S(void *dst, const void *left, const void *right, size_t count) { \
+        NAME##_pair##S(dst, left, right, count / 2); \
+        if (count % 2) { const T a = ((const T *)left)[count - 1], b = ((const T *)right)[count - 1]; ((T *)dst)[count - 1] = (T)(ITEM); } \
+    }
 
 /* Integers: 1u keeps uint16 * uint16 out of signed int. Wrapping and bitwise results do not depend on the sign: one kernel for both. */
 #define RT_UNSIGNED(T) \
-    RT_REDUCE(rt_sum_##T, rt_##T, 1u * a + b) RT_REDUCE(rt_prod_##T, rt_##T, 1u * a * b) RT_REDUCE(rt_and_##T, rt_##T, a & b) \
-    RT_REDUCE(rt_or_##T, rt_##T, a | b) RT_REDUCE(rt_xor_##T, rt_##T, a ^ b)
+    RT_REDUCE(rt_sum_##T, rt_##T, 1u * a + b) RT_REDUCE(rt_and_##T, rt_##T, a & b) RT_REDUCE(rt_or_##T, rt_##T, a | b) \
+    RT_REDUCE(rt_xor_##T, rt_##T, a ^ b)
+#define RT_PRODUCT(T) RT_REDUCE(rt_prod_##T, rt_##T, 1u * a * b)
 #define RT_ORDERED(T) RT_REDUCE(rt_min_##T, rt_##T, a < b ? a : b) RT_REDUCE(rt_max_##T, rt_##T, a > b ? a : b)
-RT_UNSIGNED(u8) RT_UNSIGNED(u16) RT_UNSIGNED(u32) RT_UNSIGNED(u64)
+RT_UNSIGNED(u8) RT_UNSIGNED(u16) RT_UNSIGNED(u32) RT_UNSIGNED(u64) RT_PRODUCT(u16) RT_PRODUCT(u32) RT_PRODUCT(u64)
 RT_ORDERED(u8) RT_ORDERED(u16) RT_ORDERED(u32) RT_ORDERED(u64) RT_ORDERED(i8) RT_ORDERED(i16) RT_ORDERED(i32) RT_ORDERED(i64)
+
+/* No processor multiplies bytes, and widening them costs shuffles: in words of two, the high byte's product lands in place by itself. */
+#define RT_BYTES_LOW(A, B) ((uint16_t)(1u * (A) * (B)) & 0xff)
+#define RT_BYTES_HIGH(A, B) ((uint16_t)(1u * (uint16_t)((A) >> 8) * (uint16_t)((B) & 0xff00)))
+RT_EACH_ISA(RT_PAIR_LOOP, rt_prod_u8, rt_u16, rt_u8, RT_BYTES_LOW(a, b) | RT_BYTES_HIGH(a, b), 1u * a * b)
 
 RT_REDUCE(rt_or_bool, rt_u8, (a | b) != 0) RT_REDUCE(rt_and_bool, rt_u8, (a != 0) & (b != 0))
 RT_REDUCE(rt_xor_bool, rt_u8, (a != 0) ^ (b != 0))
 
 #define RT_FLOAT(F) \
     RT_REDUCE(rt_sum_##F, rt_##F, rt_##F##_add(a, b)) RT_REDUCE(rt_prod_##F, rt_##F, rt_##F##_mul(a, b)) \
-    RT_REDUCE(rt_min_##F, rt_##F, rt_##F##_min(a, b)) RT_REDUCE(rt_max_##F, rt_##F, rt_##F##_max(a, b))
+    RT_PLAIN(RT_BINARY_LOOP, rt_min_##F, void, void, rt_##F, rt_##F, rt_##F, rt_##F##_min(a, b)) \
+    RT_PLAIN(RT_BINARY_LOOP, rt_max_##F, void, void, rt_##F, rt_##F, rt_##F, rt_##F##_max(a, b))
 RT_FLOAT(f32) RT_FLOAT(f64)
 
 #define RT_COMPLEX(C, F, V) \
@@ -203,26 +223,18 @@ RT_COMPLEX(c64, f32, float) RT_COMPLEX(c128, f64, double)
     RT_REDUCE(rt_min_##H, rt_u16, rt_half_extreme(a, b, 1, INF, QNAN)) RT_REDUCE(rt_max_##H, rt_u16, rt_half_extreme(a, b, 0, INF, QNAN)) \
     EACH(RT_BINARY_LOOP, rt_sum_mixed_##H, float, float, rt_f32, rt_f32, rt_u16, rt_f32_add(a, rt_##H##_load(b))) \
     EACH(RT_BINARY_LOOP, rt_prod_mixed_##H, float, float, rt_f32, rt_f32, rt_u16, rt_f32_mul(a, rt_##H##_load(b))) \
-    EACH(RT_BINARY_LOOP, rt_min_mixed_##H, float, float, rt_f32, rt_f32, rt_u16, rt_f32_min(a, rt_##H##_load(b))) \
-    EACH(RT_BINARY_LOOP, rt_max_mixed_##H, float, float, rt_f32, rt_f32, rt_u16, rt_f32_max(a, rt_##H##_load(b))) \
+    RT_PLAIN(RT_BINARY_LOOP, rt_min_mixed_##H, float, float, rt_f32, rt_f32, rt_u16, rt_f32_min(a, rt_##H##_load(b))) \
+    RT_PLAIN(RT_BINARY_LOOP, rt_max_mixed_##H, float, float, rt_f32, rt_f32, rt_u16, rt_f32_max(a, rt_##H##_load(b))) \
     EACH(RT_CONVERT_LOOP, rt_widen_##H, rt_f32, rt_u16, rt_##H##_load(a)) \
     EACH(RT_CONVERT_LOOP, rt_narrow_##H, rt_u16, rt_f32, rt_##H##_store(a))
 RT_HALF(RT_EACH_ISA, bf16, 0x7f80, 0x7fc0)
-#define RT_PAIR_LOOP(ISA, S, OP, NAME) \
-    RT_BINARY_LOOP(ISA, S, NAME##_pair, void, void, rt_u32, rt_u32, rt_u32, \
-                   rt_bf16_pair(rt_f32_##OP(rt_bf16_low(a), rt_bf16_low(b)), rt_f32_##OP(rt_bf16_high(a), rt_bf16_high(b)))) \
-    ISA static void NAME##S(void *dst, const void *left, const void *right, size_t count) { \
-        NAME##_pair##S(dst, left, right, count / 2); \
-        if (count % 2) { const rt_u16 a = ((const rt_u16 *)left)[count - 1], b = ((const rt_u16 *)right)[count - 1]; \
-                         ((rt_u16 *)dst)[count - 1] = RT_HALF_ITEM(bf16, OP); } \
-    }
-RT_EACH_ISA(RT_PAIR_LOOP, add, rt_sum_bf16)
-RT_EACH_ISA(RT_PAIR_LOOP, mul, rt_prod_bf16)
+#define RT_BF16_PAIR(OP) rt_bf16_pair(rt_f32_##OP(rt_bf16_low(a), rt_bf16_low(b)), rt_f32_##OP(rt_bf16_high(a), rt_bf16_high(b)))
+RT_EACH_ISA(RT_PAIR_LOOP, rt_sum_bf16, rt_u32, rt_u16, RT_BF16_PAIR(add), RT_HALF_ITEM(bf16, add))
+RT_EACH_ISA(RT_PAIR_LOOP, rt_prod_bf16, rt_u32, rt_u16, RT_BF16_PAIR(mul), RT_HALF_ITEM(bf16, mul))
 RT_EACH_ISA(RT_SCALE_LOOP, rt_scale_bf16, rt_u16, float, 1, rt_bf16_store(rt_bf16_load(a) / n))
 
-/* float16 plainly; the wide loops follow, because compilers do not find F16C by themselves. */
-#define RT_BASE_ONLY(DEFINE, ...) DEFINE(, _base, __VA_ARGS__)
-RT_HALF(RT_BASE_ONLY, f16, 0x7c00, 0x7e00)
+/* float16 plainly; its wide loops follow. */
+RT_HALF(RT_PLAIN, f16, 0x7c00, 0x7e00)
 RT_BINARY_LOOP(, _base, rt_sum_f16, void, void, rt_u16, rt_u16, rt_u16, RT_HALF_ITEM(f16, add))
 RT_BINARY_LOOP(, _base, rt_prod_f16, void, void, rt_u16, rt_u16, rt_u16, RT_HALF_ITEM(f16, mul))
 RT_SCALE_LOOP(, _base, rt_scale_f16, rt_u16, float, 1, rt_f16_store(rt_f16_load(a) / n))
@@ -236,6 +248,9 @@ RT_EACH_ISA(RT_SCALE_LOOP, rt_scale_c128, rt_f64, double, 2, a / n)
 typedef __m256 rt_x8;
 #define RT_X8 RT_INLINE RT_AVX2
 RT_X8 rt_x8 rt_x8_load_f16(const rt_u16 *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+RT_X8 rt_x8 rt_x8_load_bf16(const rt_u16 *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
 RT_X8 rt_x8 rt_x8_load_f32(const rt_f32 *p) { return _mm256_loadu_ps((const float *)p); }
 RT_X8 void rt_x8_store_f16(rt_u16 *p, rt_x8 x) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 RT_X8 void rt_x8_store_f32(rt_f32 *p, rt_x8 x) { _mm256_storeu_ps((float *)p, x); }
@@ -247,11 +262,11 @@ RT_X8 rt_x8 rt_x8_quiet(rt_x8 x, rt_x8 a, rt_x8 b) {
 RT_X8 rt_x8 rt_x8_max(rt_x8 a, rt_x8 b) { return rt_x8_quiet(_mm256_and_ps(_mm256_max_ps(a, b), _mm256_max_ps(b, a)), a, b); }
 RT_X8 rt_x8 rt_x8_min(rt_x8 a, rt_x8 b) { return rt_x8_quiet(_mm256_or_ps(_mm256_min_ps(a, b), _mm256_min_ps(b, a)), a, b); }
 
-/* Eight at a time; the plain kernel, which agrees bit for bit, does what is left. T is the format of dst and left. */
-#define RT_X8_BINARY(ISA, S, NAME, P, D, T, OP) \
+/* Eight at a time; the plain kernel, which agrees bit for bit, does what is left. P, D and T say what dst and left are, H what right is. */
+#define RT_X8_BINARY(ISA, S, NAME, P, D, T, R, H, OP) \
     ISA static void NAME##S(P *dst, const P *left, const void *right, size_t count) { \
-        D *d = (D *)dst; const D *l = (const D *)left; const rt_u16 *r = (const rt_u16 *)right; size_t i = 0; \
-        for (; i + 8 <= count; i += 8) rt_x8_store_##T(d + i, rt_x8_##OP(rt_x8_load_##T(l + i), rt_x8_load_f16(r + i))); \
+        D *d = (D *)dst; const D *l = (const D *)left; const R *r = (const R *)right; size_t i = 0; \
+        for (; i + 8 <= count; i += 8) rt_x8_store_##T(d + i, rt_x8_##OP(rt_x8_load_##T(l + i), rt_x8_load_##H(r + i))); \
         NAME##_base((P *)(d + i), (const P *)(l + i), r + i, count - i); \
     }
 #define RT_X8_CONVERT(ISA, S, NAME, DT, D, LT, L) \
@@ -266,13 +281,42 @@ RT_X8 rt_x8 rt_x8_min(rt_x8 a, rt_x8 b) { return rt_x8_quiet(_mm256_or_ps(_mm256
         for (; i + 8 <= count; i += 8) rt_x8_store_f16(d + i, _mm256_div_ps(rt_x8_load_f16(l + i), n)); \
         NAME##_base(d + i, l + i, count - i, divisor); \
     }
+#define RT_X8_MIXED(ISA, S, OP, H, DO) RT_X8_BINARY(ISA, S, rt_##OP##_mixed_##H, float, rt_f32, f32, rt_u16, H, DO)
 #define RT_X8_ALL(ISA, S) \
-    RT_X8_BINARY(ISA, S, rt_sum_f16, void, rt_u16, f16, add) RT_X8_BINARY(ISA, S, rt_prod_f16, void, rt_u16, f16, mul) \
-    RT_X8_BINARY(ISA, S, rt_sum_mixed_f16, float, rt_f32, f32, add) RT_X8_BINARY(ISA, S, rt_prod_mixed_f16, float, rt_f32, f32, mul) \
-    RT_X8_BINARY(ISA, S, rt_min_mixed_f16, float, rt_f32, f32, min) RT_X8_BINARY(ISA, S, rt_max_mixed_f16, float, rt_f32, f32, max) \
+    RT_X8_BINARY(ISA, S, rt_sum_f16, void, rt_u16, f16, rt_u16, f16, add) \
+    RT_X8_BINARY(ISA, S, rt_prod_f16, void, rt_u16, f16, rt_u16, f16, mul) \
+    RT_X8_MIXED(ISA, S, sum, f16, add) RT_X8_MIXED(ISA, S, prod, f16, mul) RT_X8_MIXED(ISA, S, min, f16, min) \
+    RT_X8_MIXED(ISA, S, max, f16, max) RT_X8_MIXED(ISA, S, min, bf16, min) RT_X8_MIXED(ISA, S, max, bf16, max) \
     RT_X8_CONVERT(ISA, S, rt_widen_f16, f32, rt_f32, f16, rt_u16) RT_X8_CONVERT(ISA, S, rt_narrow_f16, f16, rt_u16, f32, rt_f32) \
     RT_X8_SCALE(ISA, S, rt_scale_f16)
 RT_X8_ALL(RT_AVX2, _avx2) RT_X8_ALL(RT_AVX512, _avx512)
+RT_X8_BINARY(RT_AVX2, _avx2, rt_min_f32, void, rt_f32, f32, rt_f32, f32, min)
+RT_X8_BINARY(RT_AVX2, _avx2, rt_max_f32, void, rt_f32, f32, rt_f32, f32, max)
+
+/* min and max of the other floats, by vectors V with the instructions M##name_##P. */
+#define RT_VECTOR_EXTREME(ISA, S, NAME, F, V, M, P, T, EXTREME) \
+    ISA static void NAME##S(void *dst, const void *left, const void *right, size_t count) { \
+        rt_##F *d = (rt_##F *)dst; const rt_##F *l = (const rt_##F *)left, *r = (const rt_##F *)right; \
+        const size_t per = sizeof(V) / sizeof(T); size_t i = 0; \
+        for (; i + per <= count; i += per) { \
+            const V a = M##loadu_##P((const T *)(l + i)), b = M##loadu_##P((const T *)(r + i)); \
+            M##storeu_##P((T *)(d + i), EXTREME); \
+        } \
+        NAME##_base(d + i, l + i, r + i, count - i); \
+    }
+#define RT_D4(HOW, BOTH) \
+    _mm256_blendv_pd(_mm256_##BOTH##_pd(_mm256_##HOW##_pd(a, b), _mm256_##HOW##_pd(b, a)), \
+                     _mm256_castsi256_pd(_mm256_set1_epi64x(0x7ff8000000000000)), _mm256_cmp_pd(a, b, _CMP_UNORD_Q))
+RT_VECTOR_EXTREME(RT_AVX2, _avx2, rt_min_f64, f64, __m256d, _mm256_, pd, double, RT_D4(min, or))
+RT_VECTOR_EXTREME(RT_AVX2, _avx2, rt_max_f64, f64, __m256d, _mm256_, pd, double, RT_D4(max, and))
+/* AVX-512 has an instruction that orders the zeros as we do (4: min, 5: max); what it makes of NaN is not ours. */
+#define RT_RANGE(P, NAN, WHICH) _mm512_mask_blend_##P(_mm512_cmp_##P##_mask(a, b, _CMP_UNORD_Q), _mm512_range_##P(a, b, WHICH), NAN)
+#define RT_NAN_X16 _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000))
+#define RT_NAN_D8 _mm512_castsi512_pd(_mm512_set1_epi64(0x7ff8000000000000))
+RT_VECTOR_EXTREME(RT_AVX512, _avx512, rt_min_f32, f32, __m512, _mm512_, ps, float, RT_RANGE(ps, RT_NAN_X16, 4))
+RT_VECTOR_EXTREME(RT_AVX512, _avx512, rt_max_f32, f32, __m512, _mm512_, ps, float, RT_RANGE(ps, RT_NAN_X16, 5))
+RT_VECTOR_EXTREME(RT_AVX512, _avx512, rt_min_f64, f64, __m512d, _mm512_, pd, double, RT_RANGE(pd, RT_NAN_D8, 4))
+RT_VECTOR_EXTREME(RT_AVX512, _avx512, rt_max_f64, f64, __m512d, _mm512_, pd, double, RT_RANGE(pd, RT_NAN_D8, 5))
 #endif
 
 /* ---- tables and getters ------------------------------------------------------------------------------------------------------ */
