@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import fused, idle, imports, kernels, local, loop_lag, measure, options, report
+from bench import fused, idle, imports, kernels, limits, local, loop_lag, measure, options, report
 from bench.collectives import COLLECTIVES
 from bench.meeting import BenchError, require
 
@@ -30,6 +30,7 @@ examples:
   rt.bench idle                                what does waiting cost?
   rt.bench fused                               what does one call for many arrays save?
   rt.bench kernels -d float32                  how fast is the arithmetic, beside loops written by hand?
+  rt.bench limits --measure                    how near does all_reduce come to what memory allows?
   rt.bench import                              what does `import rt` cost?
 
 Outside a job all ranks run on this host, over loopback. Load from elsewhere shows in every number: look at the load average in the header.
@@ -60,6 +61,25 @@ processor has; the fastest of them counts. They do the same: integers wrap, min 
 Loops take turns; a ratio is the median over rounds of one round's ratio. mean is a sum, and is not listed.
 """
 
+_LIMITS = """\
+The least time in which memory lets an all_reduce of S bytes in shared memory end, between n ranks of this host:
+
+  bound = max over cores of (bytes the ranks on it must read and write once) / (rate at which it streams while the others stream too)
+
+Bytes: 2 S per rank. The n inputs must all be read and the n results all be written, n S each, because nobody knows an input that was
+not read, and each rank's result is memory of its own. Shared evenly that is S read and S written by each rank's core, for any n: one
+that reads its share of every input and writes its share of every result moves no more. What could be spared is not counted: the second
+reading of an input by whoever did not reduce it, bytes that pass through a ring (which is in cache), lines that are fetched to be
+overwritten, waiting for each other. n ranks go round the cores; a core with two of them must move 4 S.
+
+Rate: one process per core, pinned, all at once; each goes over float32 arrays of S bytes by a copy (a = b, as the C library's memcpy
+does it: past the cache where S is large; 2 S read and written) and by an addition (a = b + c; 3 S), and the faster of the two counts.
+Arrays that fit a cache stream at the cache's rate, as the all_reduce does.
+
+With --measure all_reduce itself (float32, out of place with out=, ranks not pinned) is timed in turns with the streams, by both front ends;
+"% of bound" is bound / time, the median over the rounds. 100 % means that nothing is left to gain.
+"""
+
 _IMPORT = """\
 Wall time of `import rt` in a fresh interpreter, less that of an interpreter that imports nothing; numpy, which rt needs, beside it.
 """
@@ -86,6 +106,9 @@ def parser() -> argparse.ArgumentParser:
     for letter, known, what in (("-o", kernels.OPS, "operators"), ("-d", kernels.DTYPES, "dtypes")):
         told = f"{what}, of {','.join(known)} (default: all)"
         loops.add_argument(letter, type=options.choice_of(known), default=known, metavar="A,B", help=told)
+    least = _add(commands, "limits", "what memory lets an all_reduce take at least", _LIMITS, ranks=True)
+    options.add_sizes(least, "1M")
+    least.add_argument("--measure", action="store_true", help="also time all_reduce, and say how near it comes")
     _add(commands, "import", "how long `import rt` takes", _IMPORT, ranks=False)
     return top
 
@@ -150,6 +173,9 @@ def run(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
     if arguments.command == "fused":
         rows = fused.run(arguments.n or 2)
         return fused.text(rows), rows, 0
+    if arguments.command == "limits":
+        rows = limits.run(options.all_reduces(arguments), measured=arguments.measure)
+        return limits.text(rows), rows, 0
     if arguments.command == "kernels":
         if not kernels.cases(arguments.o, arguments.d):
             raise argparse.ArgumentTypeError(f"-o {','.join(arguments.o)}: found dtypes {','.join(arguments.d)}, expected bool or integers")

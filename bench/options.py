@@ -85,15 +85,20 @@ def description(collective: Collective) -> str:
     return "\n\n".join(textwrap.fill(part, _WIDTH) for part in paragraphs)
 
 
+def add_sizes(command: argparse.ArgumentParser, smallest: str) -> None:
+    """Add the options that say which sizes to measure."""
+    command.add_argument("-b", type=byte_count, default=smallest, metavar="BYTES", help=f"smallest size (default: {smallest})")
+    command.add_argument("-e", type=byte_count, default="64M", metavar="BYTES", help="largest size (default: 64M)")
+    step = command.add_mutually_exclusive_group()
+    step.add_argument("-f", type=at_least(2), metavar="FACTOR", help="from one size to the next (default: 4)")
+    step.add_argument("-i", type=byte_count, metavar="BYTES", help="add this to each size for the next, instead of -f")
+
+
 def add(command: argparse.ArgumentParser, collective: Collective) -> None:
     """Add the options of one collective."""
     option = command.add_argument
     if collective.moves:
-        option("-b", type=byte_count, default="4", metavar="BYTES", help="smallest size (default: 4)")
-        option("-e", type=byte_count, default="64M", metavar="BYTES", help="largest size (default: 64M)")
-        step = command.add_mutually_exclusive_group()
-        step.add_argument("-f", type=at_least(2), metavar="FACTOR", help="from one size to the next (default: 4)")
-        step.add_argument("-i", type=byte_count, metavar="BYTES", help="add this to each size for the next, instead of -f")
+        add_sizes(command, "4")
         option("-d", choices=tuple(DTYPES), default="float", help="dtype, as nccl-tests calls it (default: float)")
     if collective.reduces:
         option("-o", choices=tuple(OPS), default="sum", help="operator (default: sum)")
@@ -128,17 +133,32 @@ def options(arguments: argparse.Namespace, job_size: int | None = None) -> measu
         raise argparse.ArgumentTypeError(f"-o avg: found dtype {arguments.d}, expected one of {', '.join(_FLOATS)}")
     if given.get("r", 0) >= size:
         raise argparse.ArgumentTypeError(f"-r {arguments.r}: expected a rank below {size}")
-    sizes = {} if not collective.moves else {
-        "min_bytes": arguments.b, "max_bytes": arguments.e, "step_bytes": arguments.i, "factor": arguments.f or 4, "dtype": arguments.d
-    }  # fmt: skip
+    sizes = {**_sizes(arguments), "dtype": arguments.d} if collective.moves else {}
     found = measure.Options(
         collective, size, **sizes, iters=arguments.iters, warmup=arguments.w, op=given.get("o", "sum"), root=given.get("r", 0),
         fronts=arguments.front, peers=arguments.peers, check=bool(arguments.c),
     )  # fmt: skip
+    return _checked(found)
+
+
+def all_reduces(arguments: argparse.Namespace) -> measure.Options:
+    """Return the float32 all-reduces that a command without options but ``-n`` and sizes asks for.
+
+    Raises:
+        argparse.ArgumentTypeError: there are no such sizes.
+    """
+    return _checked(measure.Options(COLLECTIVES["all_reduce"], arguments.n or 2, **_sizes(arguments)))
+
+
+def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"min_bytes": arguments.b, "max_bytes": arguments.e, "step_bytes": arguments.i, "factor": arguments.f or 4}
+
+
+def _checked(found: measure.Options) -> measure.Options:
     if found.max_bytes < found.min_bytes:
         raise argparse.ArgumentTypeError(f"-e {found.max_bytes} is below -b {found.min_bytes}")
     if not found.counts:
-        blocks = f" in each of {size} blocks of whole 16 bytes" if any(collective.blocks) else ""
+        blocks = f" in each of {found.size} blocks of whole 16 bytes" if any(found.collective.blocks) else ""
         raise argparse.ArgumentTypeError(f"-e {found.max_bytes} leaves no {found.dtype}{blocks}")
     return found
 

@@ -210,7 +210,7 @@ def test_what_a_job_decides_cannot_be_asked_for(argv: str, hint: str) -> None:
     assert parsed("all_reduce", "-n", "4", job_size=4).size == parsed("all_reduce", job_size=4).size == 4
 
 
-@pytest.mark.parametrize("command", [*COLLECTIVES, "loop_lag", "idle", "import", "kernels"])
+@pytest.mark.parametrize("command", [*COLLECTIVES, "loop_lag", "idle", "import", "kernels", "limits"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command_line.main([command, "--help"])
