@@ -9,7 +9,8 @@ Steps, all under one deadline, with ranks started in any order:
 2. *Connections*, all pairs in parallel: k data and one control connection each. Rank r dials its right neighbour; of other pairs the
    lower rank dials. Neighbours must connect. As soon as two have, they tell each other who else they know to be there, so that at the
    deadline a rank which sees only its neighbours can name the absent.
-3. *Up.* A first all-gather round the ring carries each host's description; when it is through, every rank is known to listen.
+3. *Up.* A first all-gather round the ring carries each host's description, and rank 0's table of preferred algorithms, which holds for
+   all; when it is through, every rank is known to listen.
    From then on a pair that cannot connect is given up (one more attempt, two seconds at most): with one cable per pair of
    neighbours it never will.
    Pairs of one host now try to share memory (``transports.shm``).
@@ -30,9 +31,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rt import tuning
 from rt.config import RingConfig
 from rt.errors import RendezvousError, RTError
 from rt.rendezvous import Rendezvous
+from rt.tuning import Table
 from transports import shm, tcp
 from transports.handshake import Acceptor, Hello, Identity, Purpose, Reason, Refused, greet
 from transports.tcp import Address, Streams
@@ -84,6 +87,8 @@ class Wiring:
         memory: per peer with which it is shared the descriptor of the memory, the receiver's to close, and whether this rank is the first
             of the two; it holds the rings of k links.
         ring_bytes: capacity of each of those rings.
+        shared: pairs (a, b), a < b, that share memory; the same on all ranks.
+        tuning: rank 0's table of preferred algorithms; None for a group of one, which needs none.
     """
 
     rank: int
@@ -94,6 +99,8 @@ class Wiring:
     hosts: tuple[HostInfo, ...]
     memory: dict[int, tuple[int, bool]] = field(default_factory=dict)
     ring_bytes: int = 0
+    shared: frozenset[tuple[int, int]] = frozenset()
+    tuning: Table | None = None
 
 
 def neighbours(rank: int, size: int) -> set[int]:
@@ -157,6 +164,7 @@ class _Forming:
         self._streams: dict[int, Streams] = {}
         self._present: set[int] = {self._rank}
         self._memory: dict[int, int] = {}
+        self._tuning = config.tuning
         self._ring_bytes: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._sharing = shm.listen() if config.shm and shm.SUPPORTED else None
         self._rows: asyncio.Queue[Any] = asyncio.Queue()
@@ -176,7 +184,10 @@ class _Forming:
         if self._sharing is not None:
             name = shm.name_of(self._sharing)
             self._acceptor.add([self._sharing])
-        hosts = [HostInfo(**host) for host in await self._all_gather(asdict(HostInfo.mine(name)))]
+        rules = (self._tuning or tuning.shipped()).document() if self._rank == 0 else None
+        met = await self._all_gather([asdict(HostInfo.mine(name)), rules])
+        hosts = [HostInfo(**host) for host, _ in met]
+        self._tuning = tuning.parse(met[0][1], "the table of rank 0")
         self._all_up.set()
         self._present = set(range(self._size))
         mine = hosts[self._rank]
@@ -193,10 +204,12 @@ class _Forming:
         self._say({"formed": True})
         await asyncio.wait(attending)
         direct = frozenset((min(a, b), max(a, b)) for a, row in enumerate(rows) for b in row[0])
-        shared = [(a, b) for a, row in enumerate(rows) for b in row[1]]
+        shared = frozenset((min(a, b), max(a, b)) for a, row in enumerate(rows) for b in row[1])
         return await self._wire(direct, shared, tuple(hosts))
 
-    async def _wire(self, direct: frozenset[tuple[int, int]], shared: list[tuple[int, int]], hosts: tuple[HostInfo, ...]) -> Wiring:
+    async def _wire(
+        self, direct: frozenset[tuple[int, int]], shared: frozenset[tuple[int, int]], hosts: tuple[HostInfo, ...]
+    ) -> Wiring:
         peers = sorted(a + b - self._rank for a, b in direct if self._rank in (a, b))
         await self._complete(peers)  # an acceptor may be told of a connection a moment before it takes note of it
         control = {peer: await self._stream_to(peer) for peer in peers}
@@ -208,7 +221,7 @@ class _Forming:
             _log.info("rank %d: rank %d over %s: %s", self._rank, peer, "shm and tcp" if peer in memory else "tcp", ends)
             self._sockets[peer] = {}  # they belong to the caller now, as the streams do
         self._streams = {}
-        return Wiring(self._rank, self._size, data, control, direct, hosts, memory, self._ring_bytes.result())
+        return Wiring(self._rank, self._size, data, control, direct, hosts, memory, self._ring_bytes.result(), shared, self._tuning)
 
     # Connections
 

@@ -1,35 +1,152 @@
 """Which algorithm a collective uses.
 
-May live here: thresholds and the decision, as a pure function of what all ranks know alike; every rank must come to the same answer.
-May not: the algorithms themselves (``algorithms``, ``algorithms_*``) and anything that differs between ranks other than ``rank``.
+May live here: which algorithms can be used in a case, how each is asked for its schedule, and the decision, as a pure function of what
+all ranks know alike; every rank must come to the same answer. May not: what is preferred (``tuning``), the algorithms themselves
+(``algorithms``, ``algorithms_*``) and anything that differs between ranks other than ``rank``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from rt import algorithms, algorithms_exchange, algorithms_move, algorithms_rooted, algorithms_scan
 from rt.dtypes import HALF, ITEMSIZE, DType, Op
 from rt.schedule import TEMP, Collective, Schedule, Temp
-
-# Largest number of bytes for which an algorithm is used. Below, rounds count; above, bytes do. Bytes are those of x for all-reduce,
-# broadcast, reduce and the scans, of one rank's block (the largest) for the others. Between two ranks measured over TCP on loopback (an
-# exchange moves as many bytes as a ring, in one phase instead of two, but reduces everything twice); the others are first guesses.
-PAIR_DOUBLING_BYTES = 512 * 1024
-DOUBLING_BYTES = 16 * 1024
-OWNER_BYTES = 256 * 1024
-DIRECT_WIDE_BYTES = 4 * 1024
-DIRECT_BLOCK_BYTES = 64 * 1024
-BINOMIAL_BYTES = 64 * 1024
-BINOMIAL_BLOCK_BYTES = 4 * 1024
-SCAN_DOUBLING_BYTES = 16 * 1024
+from rt.tuning import ALGORITHMS, Table, shipped
 
 _ROUNDING = frozenset({Op.SUM, Op.PROD, Op.MEAN})
+_REDUCING = frozenset(
+    {
+        Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, Collective.REDUCE, Collective.REDUCE_SCATTER_V, Collective.SCAN,
+        Collective.EXSCAN,
+    }
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """What an algorithm is asked for; alike on all ranks but for ``rank``.
+
+    Attributes:
+        each: items of every rank's block.
+        wide: halves must be reduced in float32.
+        mesh: every pair of ranks is connected.
+    """
+
+    rank: int
+    size: int
+    items: int
+    each: Sequence[int]
+    itemsize: int
+    lanes: int
+    root: int
+    mean: bool
+    wide: bool
+    mesh: bool
+
+
+class Algorithm(NamedTuple):
+    """How to get a schedule, and in which cases there is a right one. Some algorithm of every collective fits every case."""
+
+    schedule: Callable[[Case], Schedule]
+    fits: Callable[[Case], bool]
+
+
+def _meshed(case: Case) -> bool:
+    return case.mesh
+
+
+def _narrow(case: Case) -> bool:
+    return case.mesh and not case.wide
+
+
+def _anywhere(case: Case) -> bool:
+    return True
+
+
+def _unless_halves_can(case: Case) -> bool:
+    """Where all are connected, halves travel as halves, and an item's result does not depend on its place."""
+    return not (case.mesh and case.wide)
+
+
+_MOVE, _ROOTED, _SCAN, _EXCHANGE = algorithms_move, algorithms_rooted, algorithms_scan, algorithms_exchange
+_KNOWN: dict[str, dict[str, Algorithm]] = {
+    "all_reduce": {
+        "doubling": Algorithm(lambda c: algorithms.doubling_all_reduce(c.rank, c.size, c.items, mean=c.mean), _meshed),
+        "direct": Algorithm(lambda c: algorithms.direct_all_reduce(c.rank, c.size, c.items, mean=c.mean), _meshed),
+        "owner": Algorithm(lambda c: algorithms.owner_all_reduce(c.rank, c.size, c.items, c.lanes, c.itemsize, mean=c.mean), _meshed),
+        "ring": Algorithm(lambda c: algorithms.ring_all_reduce(c.rank, c.size, c.items, c.lanes, c.itemsize, mean=c.mean), _anywhere),
+    },
+    "all_reduce_wide": {
+        "direct": Algorithm(lambda c: algorithms.direct_all_reduce(c.rank, c.size, c.items, mean=c.mean, wide=True), _meshed),
+        "owner": Algorithm(
+            lambda c: algorithms.owner_all_reduce(c.rank, c.size, c.items, c.lanes, c.itemsize, mean=c.mean, wide=True), _meshed
+        ),
+        "ring": Algorithm(
+            lambda c: algorithms.ring_all_reduce_wide(c.rank, c.size, c.items, c.lanes, c.itemsize, mean=c.mean), _unless_halves_can
+        ),
+    },
+    "reduce_scatter": {
+        "direct": Algorithm(
+            lambda c: algorithms.direct_reduce_scatter(c.rank, c.each, c.lanes, c.itemsize, mean=c.mean, wide=c.wide), _meshed
+        ),
+        "ring": Algorithm(
+            lambda c: (algorithms.ring_reduce_scatter_wide if c.wide else algorithms.ring_reduce_scatter)(
+                c.rank, c.each, c.lanes, c.itemsize, mean=c.mean
+            ),
+            _unless_halves_can,
+        ),
+    },
+    "all_gather": {
+        "direct": Algorithm(lambda c: _MOVE.direct_all_gather(c.rank, c.each), _meshed),
+        "ring": Algorithm(lambda c: _MOVE.ring_all_gather(c.rank, c.each, c.lanes, c.itemsize), _anywhere),
+    },
+    "broadcast": {
+        "binomial": Algorithm(lambda c: _MOVE.binomial_broadcast(c.rank, c.size, c.items, c.root), _meshed),
+        "pipeline": Algorithm(lambda c: _MOVE.pipelined_broadcast(c.rank, c.size, c.items, c.root, c.lanes, c.itemsize), _anywhere),
+    },
+    "reduce": {
+        "binomial": Algorithm(lambda c: _ROOTED.binomial_reduce(c.rank, c.size, c.items, c.root, mean=c.mean), _narrow),
+        "owner": Algorithm(
+            lambda c: _ROOTED.owner_reduce(c.rank, c.size, c.items, c.root, c.lanes, c.itemsize, mean=c.mean, wide=c.wide), _meshed
+        ),
+        "pipeline": Algorithm(
+            lambda c: _ROOTED.pipelined_reduce(c.rank, c.size, c.items, c.root, c.lanes, c.itemsize, mean=c.mean, wide=c.wide),
+            _unless_halves_can,
+        ),
+    },
+    "gather": {
+        "binomial": Algorithm(lambda c: _ROOTED.binomial_gather(c.rank, c.each, c.root), _meshed),
+        "direct": Algorithm(lambda c: _ROOTED.direct_gather(c.rank, c.each, c.root, c.lanes, c.itemsize), _meshed),
+        "ring": Algorithm(lambda c: _ROOTED.ring_gather(c.rank, c.each, c.root, c.lanes, c.itemsize), _anywhere),
+    },
+    "scatter": {
+        "binomial": Algorithm(lambda c: _ROOTED.binomial_scatter(c.rank, c.each, c.root), _meshed),
+        "direct": Algorithm(lambda c: _ROOTED.direct_scatter(c.rank, c.each, c.root, c.lanes, c.itemsize), _meshed),
+        "ring": Algorithm(lambda c: _ROOTED.ring_scatter(c.rank, c.each, c.root, c.lanes, c.itemsize), _anywhere),
+    },
+    "all_to_all": {
+        "direct": Algorithm(lambda c: _EXCHANGE.direct_all_to_all(c.rank, c.each, c.each, c.lanes, c.itemsize), _meshed),
+        "ring": Algorithm(lambda c: _EXCHANGE.ring_all_to_all(c.rank, c.size, c.items, c.lanes, c.itemsize), _anywhere),
+    },
+    "scan": {
+        "doubling": Algorithm(lambda c: _SCAN.doubling_scan(c.rank, c.size, c.items, wide=c.wide), _meshed),
+        "pipeline": Algorithm(lambda c: _SCAN.pipelined_scan(c.rank, c.size, c.items, c.lanes, c.itemsize, wide=c.wide), _anywhere),
+    },
+    "exscan": {
+        "doubling": Algorithm(lambda c: _SCAN.doubling_exscan(c.rank, c.size, c.items, wide=c.wide), _meshed),
+        "pipeline": Algorithm(lambda c: _SCAN.pipelined_exscan(c.rank, c.size, c.items, c.lanes, c.itemsize, wide=c.wide), _anywhere),
+    },
+    "barrier": {
+        "dissemination": Algorithm(lambda c: _MOVE.barrier(c.rank, c.size), _meshed),
+        "ring": Algorithm(lambda c: _MOVE.ring_barrier(c.rank, c.size), _anywhere),
+    },
+}
 
 
 def choose(
     kind: Collective, *, rank: int, size: int, count: int, dtype: DType, op: Op, lanes: int, full_mesh: bool, root: int = 0,
-    counts: Sequence[int] = (),
+    counts: Sequence[int] = (), links: str = "tcp", table: Table | None = None,
 ) -> Schedule:  # fmt: skip
     """Return the schedule of ``rank`` for one collective.
 
@@ -47,56 +164,33 @@ def choose(
             all-to-all with counts (what passes by is not known here) do not ask: what is below them relays.
         root: root of a broadcast, reduce, gather or scatter; peer of a send or recv.
         counts: the kinds whose names end in V: items of the block of each rank; all-to-all: items for each rank, then items from each.
+        links: what joins the ranks, one of ``tuning.LINKS``.
+        table: what is preferred; None: what the table that is shipped says.
     """
     itemsize = ITEMSIZE[dtype]
     mesh = full_mesh or size <= 3  # in a ring of three all are neighbours
     if count == 0 and kind not in (Collective.BARRIER, Collective.ALL_TO_ALL_V):
         return _nothing(kind, rank, size, root, mesh)
-    each = counts or [count] * size
-    small_blocks = mesh and max(each) * itemsize <= DIRECT_BLOCK_BYTES
-    tiny_blocks = max(each) * itemsize <= BINOMIAL_BLOCK_BYTES
     match kind:
-        case Collective.ALL_REDUCE:
-            return _all_reduce(rank, size, count, dtype, op, lanes, mesh)
-        case Collective.REDUCE_SCATTER | Collective.REDUCE_SCATTER_V:
-            plan = _reduce_scatter(rank, each, dtype, op, lanes, mesh, small_blocks)
-        case Collective.ALL_GATHER | Collective.ALL_GATHER_V if small_blocks:
-            plan = algorithms_move.direct_all_gather(rank, each)
-        case Collective.ALL_GATHER | Collective.ALL_GATHER_V:
-            plan = algorithms_move.ring_all_gather(rank, each, lanes, itemsize)
-        case Collective.BROADCAST:
-            if mesh and count * itemsize <= BINOMIAL_BYTES:
-                return algorithms_move.binomial_broadcast(rank, size, count, root)
-            return algorithms_move.pipelined_broadcast(rank, size, count, root, lanes, itemsize)
-        case Collective.BARRIER:
-            return algorithms_move.barrier(rank, size) if mesh else algorithms_move.ring_barrier(rank, size)
         case Collective.SEND:
             return algorithms_move.send(root, count, lanes, itemsize)
         case Collective.RECV:
             return algorithms_move.recv(root, count, lanes, itemsize)
-        case Collective.REDUCE:
-            return _reduce(rank, size, count, dtype, op, lanes, mesh, root)
-        case Collective.GATHER | Collective.GATHER_V if not mesh:
-            plan = algorithms_rooted.ring_gather(rank, each, root, lanes, itemsize)
-        case Collective.GATHER | Collective.GATHER_V if tiny_blocks:
-            plan = algorithms_rooted.binomial_gather(rank, each, root)
-        case Collective.GATHER | Collective.GATHER_V:
-            plan = algorithms_rooted.direct_gather(rank, each, root, lanes, itemsize)
-        case Collective.SCATTER | Collective.SCATTER_V if not mesh:
-            plan = algorithms_rooted.ring_scatter(rank, each, root, lanes, itemsize)
-        case Collective.SCATTER | Collective.SCATTER_V if tiny_blocks:
-            plan = algorithms_rooted.binomial_scatter(rank, each, root)
-        case Collective.SCATTER | Collective.SCATTER_V:
-            plan = algorithms_rooted.direct_scatter(rank, each, root, lanes, itemsize)
-        case Collective.ALL_TO_ALL:
-            if mesh:
-                return algorithms_exchange.direct_all_to_all(rank, each, each, lanes, itemsize)
-            return algorithms_exchange.ring_all_to_all(rank, size, count, lanes, itemsize)
         case Collective.ALL_TO_ALL_V:
             return algorithms_exchange.direct_all_to_all(rank, counts[:size], counts[size:], lanes, itemsize)
-        case Collective.SCAN | Collective.EXSCAN:
-            return _scan(kind, rank, size, count, dtype, op, lanes, mesh)
+    each = counts or [count] * size
+    wide = kind in _REDUCING and _needs_wide(size - (kind is Collective.EXSCAN), dtype, op)
+    case = Case(rank, size, count, each, itemsize, lanes, root, op is Op.MEAN, wide, mesh)
+    row = "all_reduce_wide" if wide and kind is Collective.ALL_REDUCE else kind.name.lower().removesuffix("_v")
+    plan = _fitting(row, (table or shipped()).prefers(row, links, size, max(each) * itemsize), case).schedule(case)
     return _compared(plan, rank, size) if 0 in counts else plan
+
+
+def _fitting(row: str, preferred: str, case: Case) -> Algorithm:
+    """Return the algorithm that is preferred if it fits the case, else the nearest that does, first among those for more bytes."""
+    names = ALGORITHMS[row]
+    at = names.index(preferred)
+    return next(_KNOWN[row][name] for name in (*names[at:], *reversed(names[:at])) if _KNOWN[row][name].fits(case))
 
 
 def _nothing(kind: Collective, rank: int, size: int, peer: int, mesh: bool) -> Schedule:
@@ -119,59 +213,7 @@ def _compared(plan: Schedule, rank: int, size: int) -> Schedule:
     return plan._replace(steps=(*plan.steps, *steps), temps=(*plan.temps, Temp(2, False))) if steps else plan
 
 
-def _needs_wide(size: int, dtype: DType, op: Op) -> bool:
-    """Say whether halves must be reduced in float32; one sum of two halves is rounded once anyway."""
-    return dtype in HALF and op in _ROUNDING and (size > 2 or op is Op.MEAN)
-
-
-def _all_reduce(rank: int, size: int, count: int, dtype: DType, op: Op, lanes: int, mesh: bool) -> Schedule:
-    itemsize = ITEMSIZE[dtype]
-    nbytes = count * itemsize
-    mean = op is Op.MEAN
-    if _needs_wide(size, dtype, op):
-        if not mesh:
-            return algorithms.ring_all_reduce_wide(rank, size, count, lanes, itemsize, mean=mean)
-        if nbytes <= DIRECT_WIDE_BYTES:
-            return algorithms.direct_all_reduce(rank, size, count, mean=mean, wide=True)
-        return algorithms.owner_all_reduce(rank, size, count, lanes, itemsize, mean=mean, wide=True)
-    if mesh and nbytes <= (PAIR_DOUBLING_BYTES if size == 2 else DOUBLING_BYTES):
-        return algorithms.doubling_all_reduce(rank, size, count, mean=mean)
-    if mesh and size > 2 and nbytes <= OWNER_BYTES:
-        return algorithms.owner_all_reduce(rank, size, count, lanes, itemsize, mean=mean)
-    return algorithms.ring_all_reduce(rank, size, count, lanes, itemsize, mean=mean)
-
-
-def _reduce_scatter(
-    rank: int, counts: Sequence[int], dtype: DType, op: Op, lanes: int, mesh: bool, small_blocks: bool
-) -> Schedule:
-    itemsize = ITEMSIZE[dtype]
-    mean = op is Op.MEAN
-    if _needs_wide(len(counts), dtype, op):
-        if mesh:
-            return algorithms.direct_reduce_scatter(rank, counts, lanes, itemsize, mean=mean, wide=True)
-        return algorithms.ring_reduce_scatter_wide(rank, counts, lanes, itemsize, mean=mean)
-    if small_blocks:
-        return algorithms.direct_reduce_scatter(rank, counts, lanes, itemsize, mean=mean)
-    return algorithms.ring_reduce_scatter(rank, counts, lanes, itemsize, mean=mean)
-
-
-def _reduce(rank: int, size: int, count: int, dtype: DType, op: Op, lanes: int, mesh: bool, root: int) -> Schedule:
-    itemsize = ITEMSIZE[dtype]
-    nbytes = count * itemsize
-    mean, wide = op is Op.MEAN, _needs_wide(size, dtype, op)
-    if mesh and not wide and nbytes <= (BINOMIAL_BYTES if size == 2 else DOUBLING_BYTES):
-        return algorithms_rooted.binomial_reduce(rank, size, count, root, mean=mean)
-    if mesh and (wide or (size > 2 and nbytes <= OWNER_BYTES)):
-        return algorithms_rooted.owner_reduce(rank, size, count, root, lanes, itemsize, mean=mean, wide=wide)
-    return algorithms_rooted.pipelined_reduce(rank, size, count, root, lanes, itemsize, mean=mean, wide=wide)
-
-
-def _scan(kind: Collective, rank: int, size: int, count: int, dtype: DType, op: Op, lanes: int, mesh: bool) -> Schedule:
-    itemsize = ITEMSIZE[dtype]
-    inclusive = kind is Collective.SCAN
-    wide = _needs_wide(size if inclusive else size - 1, dtype, op)  # the last rank's own part is not in an exscan
-    if mesh and count * itemsize <= SCAN_DOUBLING_BYTES:
-        doubling = algorithms_scan.doubling_scan if inclusive else algorithms_scan.doubling_exscan
-        return doubling(rank, size, count, wide=wide)
-    pipelined = algorithms_scan.pipelined_scan if inclusive else algorithms_scan.pipelined_exscan
-    return pipelined(rank, size, count, lanes, itemsize, wide=wide)
+def _needs_wide(contributions: int, dtype: DType, op: Op) -> bool:
+    """Say whether halves must be reduced in float32; one sum of two halves is rounded once anyway, and the rank's own part of an exscan is
+    not in it."""
+    return dtype in HALF and op in _ROUNDING and (contributions > 2 or op is Op.MEAN)

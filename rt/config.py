@@ -18,10 +18,14 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rt.errors import ConfigError
+from rt.json_file import brief, load
 from rt.secret import Secret, resolve_secret
+
+if TYPE_CHECKING:
+    from rt.tuning import Table
 
 Address = tuple[str, int]
 Environ = Mapping[str, str]
@@ -54,6 +58,7 @@ class RingConfig:
         secret: what connections prove to know.
         shm: whether this rank shares memory with ranks of its host that do so too, and can.
         spin: seconds a lone work is polled before a sleep, None for what fits the number of cores.
+        tuning: which algorithms are preferred, if this is rank 0; None for what is shipped.
         coordinator_fd: rank 0 only: an inherited listening socket for ``coordinator``.
         source: what configured this, for messages, for example ``RT_RANK, RT_HOSTFILE``.
     """
@@ -70,6 +75,7 @@ class RingConfig:
     secret: Secret
     shm: bool
     spin: float | None
+    tuning: Table | None
     coordinator_fd: int | None
     source: str
 
@@ -153,6 +159,7 @@ def resolve_ring(
         secret=resolve_secret(secret, [host for host, _ in _known(place)], environ),
         shm=_shares(shm, environ),
         spin=_spin(environ),
+        tuning=tuned(environ),
         coordinator_fd=place.coordinator_fd,
         source=place.source,
     )
@@ -224,6 +231,15 @@ def _spin(environ: Environ) -> float | None:
     if not text.isascii() or not text.isdigit():
         raise ConfigError(f"RT_SPIN_US: found {text!r}, expected a number of microseconds >= 0")
     return int(text) / 1e6
+
+
+def tuned(environ: Environ = os.environ) -> Table | None:
+    """Return the table that ``RT_TUNING`` names, completed by the one that is shipped; None if it names none. Raises ConfigError."""
+    if "RT_TUNING" not in environ:
+        return None
+    from rt import tuning  # which ``import rt`` can do without
+
+    return tuning.read(environ["RT_TUNING"], f"RT_TUNING {environ['RT_TUNING']}").over(tuning.shipped())
 
 
 def _meeting(coordinator: object, hostfile: object, environ: Environ) -> _Given | None:
@@ -425,30 +441,13 @@ def _file_name(given: _Given) -> str:
 def _ring_file(given: _Given) -> tuple[tuple[Address, ...], ...]:
     """Read a ring file: per rank its addresses, the same number for each, none twice."""
     where = _file_name(given)
-    content = _load_json(given.value, where)
+    content = load(given.value, where, _RING_FILE)
     _refuse_launcher_file(content, where)
     if not isinstance(content, list) or not content:
-        raise ConfigError(f"{where}: found {_brief(content)}, expected {_RING_FILE}")
+        raise ConfigError(f"{where}: found {brief(content)}, expected {_RING_FILE}")
     ranks = tuple(_entry(entry, f"{where}: entry [{index}]") for index, entry in enumerate(content))
     _check_ranks(ranks, where)
     return ranks
-
-
-def _load_json(path: str | os.PathLike[str], where: str) -> object:
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except OSError as error:
-        raise ConfigError(f"{where}: found {error.strerror!r}, expected {_RING_FILE}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: found a byte that is no UTF-8 at offset {error.start}, expected {_RING_FILE}") from None
-    if not text.strip():
-        raise ConfigError(f"{where}: found an empty file, expected {_RING_FILE}")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno} column {error.colno}"
-        raise ConfigError(f"{where}: found no JSON at {at} ({error.msg}), expected {_RING_FILE}") from None
 
 
 def _refuse_launcher_file(content: object, where: str) -> None:
@@ -461,7 +460,7 @@ def _refuse_launcher_file(content: object, where: str) -> None:
 
 def _entry(entry: object, where: str) -> tuple[Address, ...]:
     if not isinstance(entry, list) or not entry:
-        raise ConfigError(f'{where}: found {_brief(entry)}, expected a list of "ip:port"')
+        raise ConfigError(f'{where}: found {brief(entry)}, expected a list of "ip:port"')
     return tuple(_address(address, f"{where}[{index}]") for index, address in enumerate(entry))
 
 
@@ -476,9 +475,3 @@ def _check_ranks(ranks: tuple[tuple[Address, ...], ...], where: str) -> None:
                 raise ConfigError(
                     f"{where}: entry [{rank}][{index}]: found {address[0]} port {address[1]} again, expected it only at {first}"
                 )
-
-
-def _brief(value: object) -> str:
-    """Describe what JSON held, on one short line."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -90,6 +91,8 @@ class CoreGroup:
         ranks: world rank of each rank of the group.
         rank: of this process in the group.
         timeout: seconds a collective may take unless the call says otherwise; None for ever.
+        full_mesh, link_kind, tuning: what algorithms are chosen by, alike on all ranks: whether all pairs are connected, by what (one of
+            ``tuning.LINKS``), and rank 0's table. Only where there are several ranks.
     """
 
     def __init__(
@@ -110,7 +113,10 @@ class CoreGroup:
         self._recent: list[tuple[int, bytes]] = [(-1, b"")] * _RECENT
         self.reductions = _fastpath.Reductions(Work, self, self.engine, identity, self.ranks, self._recent)
         if self.engine is not None and world is not None:
-            self.full_mesh = all((min(a, b), max(a, b)) in world.direct for a in self.ranks for b in self.ranks if a != b)
+            pairs = set(itertools.combinations(sorted(self.ranks), 2))
+            self.full_mesh = pairs <= world.direct
+            self.link_kind = "shm" if pairs <= world.shared else "mixed" if pairs & world.shared else "tcp"
+            self.tuning = world.tuning
             self._links = [0 if r == world.rank else self.engine.links_to(r) for r in self.ranks]
 
     # -- submitting
@@ -170,6 +176,8 @@ class CoreGroup:
             full_mesh=self.full_mesh,
             root=max(call.root, 0),
             counts=[rows * row_items for rows in call.counts],
+            links=self.link_kind,
+            table=self.tuning,
         )
         op = Op.SUM if call.op is Op.MEAN else call.op
         program = _fastpath.Program(schedule, call.dtype, op, self._links, call.alias)
@@ -195,7 +203,8 @@ class CoreGroup:
         if len(shape) > _PLAIN_DIMS:
             dims = (*shape[: _PLAIN_DIMS - 1], hash64(*shape[_PLAIN_DIMS - 1 :]))
         lanes = self.world.lanes if self.world is not None else 1
-        fingerprint = hash64(algorithm, self.identity, lanes, self.full_mesh)
+        table = self.tuning.fingerprint if self.tuning is not None else ""
+        fingerprint = hash64(algorithm, self.identity, lanes, self.full_mesh, self.link_kind, table)
         root = -1 if p2p else call.root
         tag = hash64(*call.counts) if call.counts else call.tag & (2**64 - 1)
         return _SIGNATURE.pack(0, kind, call.dtype, call.op, len(shape), nbytes, root, self.size, fingerprint, tag, *dims)

@@ -40,6 +40,7 @@ from transports.relay import carriers
 if TYPE_CHECKING:
     from rt.bootstrap import Wiring
     from rt.control import Control
+    from rt.tuning import Table
 
 GOODBYE_SECONDS = 5.0
 SPIN_SECONDS = 50e-6  # about what a wake-up costs; only where every rank of this host has a core to itself
@@ -68,7 +69,8 @@ class World:
         self.drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopDriver] = weakref.WeakKeyDictionary()
         self.groups: dict[int, CoreGroup] = {}
         self.addresses: dict[int, str] = {}
-        self.shared: set[int] = set()  # peers with which memory is shared
+        self.shared: frozenset[tuple[int, int]] = frozenset()  # pairs (a, b), a < b, that share memory
+        self.tuning: Table | None = None  # rank 0's, once the ranks have met
         self.spin = 0.0  # seconds a blocking call polls before it sleeps
         self.closed = False
         self.orphan = False  # a forked child: the connections are the parent's
@@ -100,7 +102,7 @@ class World:
         """In the control thread: hand the sockets to the engine."""
         try:
             found = wiring.result()
-            self.direct = found.direct
+            self.direct, self.shared, self.tuning = found.direct, found.shared, found.tuning
             scarce = _cores() < sum(found.hosts[self.rank].sees(host) for host in found.hosts)
             self.spin = self._ring.spin if self._ring.spin is not None else 0.0 if scarce else SPIN_SECONDS
             self.addresses = {peer: _address(socks[0]) for peer, socks in found.data.items()}
@@ -129,7 +131,6 @@ class World:
                 self.engine.add_shared(peer, sock, fd, index * shm.stride(wiring.ring_bytes), wiring.ring_bytes, first)
         finally:
             os.close(fd)
-        self.shared.add(peer)
 
     def _add_relay(self, peer: int) -> None:
         assert self.control is not None
@@ -152,7 +153,7 @@ class World:
         return {peer: self._link(peer) for peer in range(self.size) if peer != self.rank}
 
     def _link(self, peer: int) -> str:
-        if peer in self.shared:
+        if (min(peer, self.rank), max(peer, self.rank)) in self.shared:
             return "shm"
         return f"tcp {self.addresses[peer]}" if peer in self.addresses else "relayed"
 
@@ -198,6 +199,7 @@ class World:
         numbers = {rank: group.ranks.index(rank) if group is not None and rank in group.ranks else rank for rank, _ in sides}
         text = "ranks disagree: " + ", but ".join(f"rank {numbers[rank]} called {said}" for rank, said in sides)
         text += "; each waits for the other" if roles else ""
+        text += "; they choose algorithms by different tables, links or lanes" if sides[0][1] == sides[1][1] else ""
         return Report("mismatch", identity, sequence, sides[1][0], "", text)
 
     def _report(self, report: Report) -> None:

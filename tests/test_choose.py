@@ -16,6 +16,7 @@ from schedule_interpreter import DTYPES, Setting, assert_matched, exact_data, ex
 from rt.choose import choose
 from rt.dtypes import ITEMSIZE, DType, Op, op_supported
 from rt.schedule import Collective, Kind
+from rt.tuning import ALGORITHMS, LINKS, Table, parse, shipped
 
 KIB = 1024
 CHOICES = [
@@ -106,6 +107,63 @@ def test_every_choice_is_right(kind: Collective) -> None:
         outputs = simulate(kind, plans, s, inputs, numbers(dtype, op), rng, rng.random() < 0.5)
         for found, wanted in zip(outputs, expected(kind, inputs, op, s), strict=True):
             np.testing.assert_array_equal(found, wanted, err_msg=f"{plans[0].name}, {s}, {dtype!r}, {op!r}")
+
+
+def preferring(row: str, name: str) -> Table:
+    """The table that is shipped, but for one collective for which it always names one algorithm."""
+    return parse({"version": 1, row: {links: {"2": {"above": name}, "99": {"above": name}} for links in LINKS}}, "a table").over(shipped())
+
+
+FALLS = [
+    # row, named, dtype, op, mesh -> what is used
+    ("all_reduce", "direct", DType.FLOAT32, Op.SUM, True, "direct"),
+    ("all_reduce", "doubling", DType.FLOAT32, Op.SUM, False, "ring"),
+    ("all_reduce_wide", "ring", DType.FLOAT16, Op.SUM, True, "owner"),
+    ("all_reduce_wide", "direct", DType.FLOAT16, Op.SUM, False, "ring_wide"),
+    ("all_reduce_wide", "direct", DType.FLOAT16, Op.MAX, False, "ring"),
+    ("reduce_scatter", "ring", DType.BFLOAT16, Op.MEAN, True, "direct"),
+    ("reduce", "binomial", DType.BFLOAT16, Op.SUM, True, "owner"),
+    ("reduce", "pipeline", DType.BFLOAT16, Op.SUM, True, "owner"),
+    ("reduce", "binomial", DType.BFLOAT16, Op.SUM, False, "pipeline_wide"),
+    ("all_gather", "ring", DType.FLOAT16, Op.SUM, True, "ring"),
+    ("gather", "direct", DType.FLOAT32, Op.SUM, False, "ring"),
+    ("barrier", "ring", DType.UINT8, Op.SUM, True, "ring"),
+]
+
+
+@pytest.mark.parametrize(("row", "named", "dtype", "op", "mesh", "used"), FALLS)
+def test_what_the_table_names_is_used_where_it_fits(row: str, named: str, dtype: DType, op: Op, mesh: bool, used: str) -> None:
+    kind, table = Collective[row.removesuffix("_wide").upper()], preferring(row, named)
+    plans = [choose(kind, rank=r, size=4, count=8, dtype=dtype, op=op, lanes=1, full_mesh=mesh, root=1, table=table) for r in range(4)]
+    assert {plan.name for plan in plans} == {used}
+    assert_matched(plans)
+
+
+def test_the_row_is_that_of_the_links() -> None:
+    rules = {"version": 1, "all_gather": {"shm": {"2": {"above": "ring"}}}}
+    table = parse(rules, "a table").over(shipped())
+    how = {"rank": 0, "size": 2, "count": 1, "dtype": DType.INT8, "op": Op.SUM, "lanes": 1, "full_mesh": True, "table": table}
+    plans = [choose(Collective.ALL_GATHER, links=links, **how) for links in LINKS]  # type: ignore[arg-type]
+    assert [plan.name for plan in plans] == ["ring", "direct", "direct"]
+
+
+@pytest.mark.parametrize("row", ALGORITHMS)
+def test_every_algorithm_of_a_table_is_right_where_all_are_connected(row: str) -> None:
+    """Whatever a person writes into a table, the results are right."""
+    kind = Collective[row.removesuffix("_wide").upper()]
+    if kind is Collective.BARRIER:
+        return  # nothing comes of it; the algorithms have tests of their own
+    for name, size, nbytes in itertools.product(ALGORITHMS[row], (2, 3, 5), (8, 100 * KIB)):
+        rng = random.Random(f"{row} {name} {size} {nbytes}")
+        dtype, op = DType.FLOAT16 if row.endswith("_wide") else rng.choice([DType.FLOAT32, DType.INT16]), Op.SUM
+        s = Setting(size, nbytes // ITEMSIZE[dtype], rng.choice((1, 3)), root=rng.randrange(size))
+        how = {"size": size, "count": s.items, "dtype": dtype, "op": op, "lanes": s.lanes, "full_mesh": True, "root": s.root}
+        plans = [choose(kind, rank=r, table=preferring(row, name), **how) for r in range(size)]  # type: ignore[arg-type]
+        draw = np.random.default_rng(rng.getrandbits(32))
+        inputs = [exact_data(dtype, op, lengths(kind, rank, s)[0], draw) for rank in range(size)]
+        outputs = simulate(kind, plans, s, inputs, numbers(dtype, op), rng, rng.random() < 0.5)
+        for found, wanted in zip(outputs, expected(kind, inputs, op, s), strict=True):
+            np.testing.assert_array_equal(found, wanted, err_msg=f"{plans[0].name}, {s}")
 
 
 def test_blocks_of_different_lengths_go_by_the_largest() -> None:

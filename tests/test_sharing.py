@@ -273,7 +273,7 @@ for _ in range(int(sys.argv[1])):
     process = subprocess.Popen([sys.executable, "-c", victim], env={**os.environ, "RT_RANK": "1"})
     os.environ |= {"RT_RANK": "0", "RT_COORDINATOR_FD": str(listener.fileno())}
     group = rt.init()
-    assert group._core.world.shared == {1}
+    assert group._core.world.shared == {(0, 1)}
     del os.environ["RT_COORDINATOR_FD"]
     timer = threading.Timer(dice.random() * 0.02, process.kill)
     timer.start()

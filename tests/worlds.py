@@ -36,6 +36,7 @@ def config(rank: int, size: int, **fields: Any) -> RingConfig:
         "secret": SECRET,
         "shm": False,
         "spin": None,
+        "tuning": None,
         "coordinator_fd": None,
         "source": "test",
     }
