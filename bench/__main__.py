@@ -15,9 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import fused, idle, imports, kernels, limits, local, loop_lag, measure, options, report
+from bench import fused, idle, imports, kernels, limits, local, loop_lag, measure, options, report, tune
 from bench.collectives import COLLECTIVES
 from bench.meeting import BenchError, require
+from rt.errors import ConfigError
+from rt.tuning import read
 
 _EPILOG = """\
 examples:
@@ -32,6 +34,8 @@ examples:
   rt.bench kernels -d float32                  how fast is the arithmetic, beside loops written by hand?
   rt.bench limits --measure                    how near does all_reduce come to what memory allows?
   rt.bench import                              what does `import rt` cost?
+  rt.bench tune -n 4 --into here.json          which algorithm is fastest here? then RT_TUNING=here.json
+  rt.bench tune --show                         which algorithms are preferred now?
 
 Outside a job all ranks run on this host, over loopback. Load from elsewhere shows in every number: look at the load average in the header.
 """
@@ -85,6 +89,18 @@ Wall time of `import rt` in a fresh interpreter, less that of an interpreter tha
 """
 
 
+_TUNE = """\
+Times every algorithm of a collective, size by size in turns, on ranks that it starts on this host, and writes the table of the fastest:
+collective -> kind of links (shm, or tcp with RT_SHM=0) -> ranks -> up to that many bytes -> algorithm. RT_TUNING=F.json makes a job use
+it; rank 0's holds for all ranks. What a table does not have is as in the one that comes with rt, so tables may be short, and are made to
+be edited. Sizes are those of the collective's own command; the table counts the bytes of one rank's block where there are blocks.
+all_reduce_wide is that of half types, which are accumulated in float32. Algorithms: docs/algorithms.md.
+
+A threshold has to save a tenth of the time at one size, or less at each of several, and lies halfway between two sizes that were measured:
+-f 2 places it closer, and takes longer. Between more ranks than cores times scatter: run it more than once.
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     top = argparse.ArgumentParser(
@@ -110,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_sizes(least, "1M")
     least.add_argument("--measure", action="store_true", help="also time all_reduce, and say how near it comes")
     _add(commands, "import", "how long `import rt` takes", _IMPORT, ranks=False)
+    _add_tune(_add(commands, "tune", "find the fastest algorithms, or show those preferred", _TUNE, ranks=True))
     return top
 
 
@@ -123,6 +140,39 @@ def _add(commands: Any, name: str, summary: str, description: str, *, ranks: boo
         "--json", "-J", metavar="FILE", help="also write JSON; - is standard output, and moves the text to standard error"
     )
     return command
+
+
+def _add_tune(command: argparse.ArgumentParser) -> None:
+    option = command.add_argument
+    option("rows", nargs="*", metavar="COLLECTIVE", help=f"what to measure (default: all), out of {', '.join(tune.ROWS)}")
+    option("-b", type=options.byte_count, default="4", metavar="BYTES", help="smallest size (default: 4)")
+    option("-e", type=options.byte_count, default="64M", metavar="BYTES", help="largest size (default: 64M)")
+    option("-f", type=options.at_least(2), default=4, metavar="FACTOR", help="from one size to the next (default: 4)")
+    target = command.add_mutually_exclusive_group()
+    target.add_argument("--output", metavar="F.json", help="write the table there (default: standard output)")
+    target.add_argument("--into", metavar="F.json", help="put the table into that one: for more collectives, ranks or links")
+    target.add_argument(
+        "--show", nargs="?", const="", metavar="F.json", help="measure nothing: print the table in force, or that of a file, completed"
+    )
+
+
+def _tune(arguments: argparse.Namespace) -> tuple[str, Any, int]:
+    if arguments.show is not None:
+        table, source = tune.in_force(arguments.show or None)
+        return tune.show(table, source), {"source": source, "fingerprint": table.fingerprint, "table": table.document()}, 0
+    unknown = [row for row in arguments.rows if row not in tune.ROWS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} cannot be tuned; expected some of {', '.join(tune.ROWS)}")
+    known = read(arguments.into, arguments.into) if arguments.into and Path(arguments.into).exists() else None
+    found, table = tune.run(arguments.rows or list(tune.ROWS), arguments.n or 2, arguments.b, arguments.e, arguments.f)
+    text, content = tune.report(found, table), tune.as_json(found, table)
+    table = table.over(known) if known else table
+    if arguments.output or arguments.into:
+        Path(arguments.output or arguments.into).write_text(table.text(), encoding="utf-8")
+    else:
+        print(text, file=sys.stderr)
+        text = table.text().rstrip()
+    return text, content, int(any(sum(each.wrong) for each in found))
 
 
 def _measured(arguments: argparse.Namespace) -> measure.Result | None:
@@ -181,6 +231,8 @@ def run(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
             raise argparse.ArgumentTypeError(f"-o {','.join(arguments.o)}: found dtypes {','.join(arguments.d)}, expected bool or integers")
         rows = kernels.run(arguments.o, arguments.d)
         return kernels.text(rows), rows, 0
+    if arguments.command == "tune":
+        return _tune(arguments)
     rows = imports.run()
     return imports.text(rows), rows, 0
 
@@ -203,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = top.parse_args(argv)
     try:
         found = run(arguments)
-    except argparse.ArgumentTypeError as error:
+    except (argparse.ArgumentTypeError, ConfigError) as error:
         top.error(str(error))
     except BenchError as error:
         print(f"rt.bench: {error}", file=sys.stderr)

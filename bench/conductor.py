@@ -253,10 +253,15 @@ class System:
 
 
 @contextlib.contextmanager
-def running(name: str, system: str, size: int, arguments: list[str]) -> Iterator[System]:
-    """Start ``size`` ranks of ``system``, and end them on the way out: together if all went well, else at once."""
+def running(
+    name: str, system: str, size: int, arguments: list[str], environ: Mapping[str, str] | None = None
+) -> Iterator[System]:
+    """Start ``size`` ranks of ``system``, with ``environ`` besides our own, and end them on the way out: together if all went well, else
+    at once."""
     with tempfile.TemporaryDirectory(prefix="rt-bench-") as folder:
-        ranks = System(name, meet(system, size, Path(folder)), arguments)
+        meeting = meet(system, size, Path(folder))
+        meeting.environ = {**meeting.environ, **(environ or {})}
+        ranks = System(name, meeting, arguments)
         try:
             ranks.start()
             yield ranks

@@ -196,13 +196,18 @@ def measure_count(systems: Sequence[Ranks], count: int, options: Options) -> lis
     every = [lane for of_system in lanes.values() for lane in of_system.values()]
     for lane in every:
         lane.warm_up()
-    for index in range(ROUNDS):
-        for lane in every:
-            lane.turn(index)
+    take_turns(every)
     return [
         Row(count, {place: lane.cell() for place, lane in of_system.items()}, next(iter(of_system.values())).algorithm)
         for of_system in lanes.values()
     ]
+
+
+def take_turns(lanes: Sequence[Lane]) -> None:
+    """Measure lanes that are warm, round by round."""
+    for index in range(ROUNDS):
+        for lane in lanes:
+            lane.turn(index)
 
 
 def run(options: Options, systems: Sequence[Ranks]) -> Result:
