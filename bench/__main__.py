@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import fused, idle, imports, kernels, limits, local, loop_lag, measure, options, report, tune
+from bench import fused, idle, imports, job, kernels, limits, local, loop_lag, measure, options, report, tune
 from bench.collectives import COLLECTIVES
 from bench.meeting import BenchError, require
 from rt.errors import ConfigError
@@ -88,16 +88,16 @@ _IMPORT = """\
 Wall time of `import rt` in a fresh interpreter, less that of an interpreter that imports nothing; numpy, which rt needs, beside it.
 """
 
-
 _TUNE = """\
-Times every algorithm of a collective, size by size in turns, on ranks that it starts on this host, and writes the table of the fastest:
-collective -> kind of links (shm, or tcp with RT_SHM=0) -> ranks -> up to that many bytes -> algorithm. RT_TUNING=F.json makes a job use
-it; rank 0's holds for all ranks. What a table does not have is as in the one that comes with rt, so tables may be short, and are made to
-be edited. Sizes are those of the collective's own command; the table counts the bytes of one rank's block where there are blocks.
-all_reduce_wide is that of half types, which are accumulated in float32. Algorithms: docs/algorithms.md.
+Times every algorithm of a collective, size by size in turns, on ranks that it starts on this host, or beside those of the job that it is
+in (rt.launch, mpirun with RT_COORDINATOR), and writes the table of the fastest: collective -> kind of links (shm, or tcp with RT_SHM=0)
+-> ranks -> up to that many bytes -> algorithm. RT_TUNING=F.json makes a job use it; rank 0's holds for all ranks. What a table does not
+have is as in the one that comes with rt, so tables may be short, and are made to be edited. Sizes are those of the collective's own
+command; the table counts the bytes of one rank's block where there are blocks. all_reduce_wide is that of half types, which are
+accumulated in float32. Algorithms: docs/algorithms.md.
 
-A threshold has to save a tenth of the time at one size, or less at each of several, and lies halfway between two sizes that were measured:
--f 2 places it closer, and takes longer. Between more ranks than cores times scatter: run it more than once.
+A threshold has to save a fifth of the time, spread over two sizes or more, and lies about halfway between two that were measured: -f 2
+places it closer, and takes longer. Between more ranks than cores times scatter: run it more than once.
 """
 
 
@@ -156,15 +156,19 @@ def _add_tune(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _tune(arguments: argparse.Namespace) -> tuple[str, Any, int]:
+def _tune(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
     if arguments.show is not None:
         table, source = tune.in_force(arguments.show or None)
         return tune.show(table, source), {"source": source, "fingerprint": table.fingerprint, "table": table.document()}, 0
     unknown = [row for row in arguments.rows if row not in tune.ROWS]
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} cannot be tuned; expected some of {', '.join(tune.ROWS)}")
+    group = job.join()
+    size = options.ranks_of(arguments.n, group and group.size())
     known = read(arguments.into, arguments.into) if arguments.into and Path(arguments.into).exists() else None
-    found, table = tune.run(arguments.rows or list(tune.ROWS), arguments.n or 2, arguments.b, arguments.e, arguments.f)
+    found, table = tune.run(arguments.rows or list(tune.ROWS), size, arguments.b, arguments.e, arguments.f, group)
+    if group is not None and group.rank() > 0:
+        return None
     text, content = tune.report(found, table), tune.as_json(found, table)
     table = table.over(known) if known else table
     if arguments.output or arguments.into:
@@ -182,12 +186,7 @@ def _measured(arguments: argparse.Namespace) -> measure.Result | None:
     needs = COLLECTIVES[arguments.command].needs
     if not hasattr(rt, needs):
         raise BenchError(f"this version of rt has no {needs}")
-    from bench import job
-
-    try:
-        group = job.join()
-    except rt.ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    group = job.join()
     if group is not None:
         result = job.run(options.options(arguments, group.size()), group)
         return result if group.rank() == 0 else None

@@ -261,12 +261,19 @@ def running(
     with tempfile.TemporaryDirectory(prefix="rt-bench-") as folder:
         meeting = meet(system, size, Path(folder))
         meeting.environ = {**meeting.environ, **(environ or {})}
-        ranks = System(name, meeting, arguments)
-        try:
-            ranks.start()
+        with standing(name, meeting, arguments) as ranks:
             yield ranks
-        except BaseException:
-            ranks.kill()
-            raise
-        finally:
-            ranks.close()
+
+
+@contextlib.contextmanager
+def standing(name: str, meeting: Meeting, arguments: list[str]) -> Iterator[System]:
+    """As ``running``, of the ranks that meet as ``meeting`` says."""
+    ranks = System(name, meeting, arguments)
+    try:
+        ranks.start()
+        yield ranks
+    except BaseException:
+        ranks.kill()
+        raise
+    finally:
+        ranks.close()

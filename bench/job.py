@@ -1,7 +1,7 @@
 """``rt.bench`` inside a job: each process is a rank of it, and they agree on what to measure by collectives of their own.
 
-May live here: joining the job that the environment describes, and what takes the conductor's place there. May not: starting processes,
-what is measured.
+May live here: joining the job that the environment describes, what takes the conductor's place there, and groups beside the job's, with a
+process beside each of its ranks. May not: how processes are started (``conductor.py``), what is measured.
 
 Every rank asks for the same measurements in the same order, because each decides from the same numbers: all answers go to all ranks.
 """
@@ -11,6 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,8 @@ import numpy as np
 import rt.sync
 from bench import measure, rank
 from bench.adapters import ADAPTERS
-from bench.meeting import BenchError
+from bench.conductor import RANK, System, standing
+from bench.meeting import OURS, BenchError, Meeting
 from bench.worker import Answer
 
 _MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
@@ -68,20 +72,71 @@ class Member:
         self.name = name
         self._group = group
         self._adapter = ADAPTERS[name](group.rank(), group.size())
-        self.greetings = self._shared(rank.greeting(self._adapter))
+        self.greetings = shared(group, rank.greeting(self._adapter))
 
     def ask(self, command: Answer) -> list[Answer]:
         """Run a command here, as all ranks do; return all answers in rank order."""
-        return self._shared(rank.measure(self._adapter, command))
-
-    def _shared(self, mine: Answer) -> list[Answer]:
-        said = np.frombuffer(json.dumps(mine).encode(), np.uint8)
-        lengths = self._group.all_gather(np.array([len(said)]))
-        padded = np.zeros(lengths.max(), np.uint8)
-        padded[: len(said)] = said
-        rows = self._group.all_gather(padded).reshape(len(lengths), -1)
-        return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+        return shared(self._group, rank.measure(self._adapter, command))
 
     def close(self) -> None:
         """Let go of what the front end holds; the group stays."""
         self._adapter.close()
+
+
+class Beside:
+    """A process beside each rank of the job, together a group; to the measuring code it looks like all of them.
+
+    Args:
+        group: all ranks of the job.
+        child: the process of this rank.
+    """
+
+    idle_share = 0.0
+
+    def __init__(self, group: Any, child: System) -> None:
+        self.name = child.name
+        self._group = group
+        self._child = child
+        self.greetings = shared(group, child.greetings[0])
+
+    def ask(self, command: Answer) -> list[Answer]:
+        """Have the process here run a command, as all do; return all answers in rank order."""
+        return shared(self._group, self._child.ask(command)[0])
+
+
+@contextlib.contextmanager
+def beside(name: str, group: Any, environ: Mapping[str, str]) -> Iterator[Beside]:
+    """Start a rank of one of rt's front ends beside each rank of the job, with ``environ`` besides our own, and end them on the way out.
+
+    They meet where rank 0 is known to be reached: at the address by which rank 1, which is always connected to it, does.
+
+    Raises:
+        BenchError: one could not join.
+    """
+    number, size = group.rank(), group.size()
+    host = shared(group, group._core.world.addresses.get(0, "").rpartition(":")[0])[1]
+    with contextlib.ExitStack() as stack:
+        listeners = []
+        if number == 0:
+            bare = host.strip("[]")
+            family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+            listeners = [stack.enter_context(socket.create_server((bare, 0), family=family, backlog=size))]
+        port = shared(group, [each.getsockname()[1] for each in listeners])[0][0]
+        mine = {"RT_RANK": str(number), "RT_WORLD_SIZE": str(size), "RT_COORDINATOR": f"{host}:{port}"}
+        mine |= {"BENCH_RANK": str(number), "BENCH_SIZE": str(size)}
+        inherited = [each.fileno() for each in listeners]
+        if inherited:
+            mine["RT_COORDINATOR_FD"] = str(inherited[0])
+        meeting = Meeting(sys.executable, {**OURS, **environ}, [mine], listeners, [tuple(inherited)])
+        child = stack.enter_context(standing(name, meeting, [*RANK, name]))
+        yield Beside(group, child)
+
+
+def shared(group: Any, mine: Any) -> list[Any]:
+    """Return what every rank says, in rank order; anything that JSON can hold."""
+    said = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    lengths = group.all_gather(np.array([len(said)]))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(said)] = said
+    rows = group.all_gather(padded).reshape(len(lengths), -1)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 _LOOPBACK = "127.0.0.1"
 _LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
-_OURS = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+OURS = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 class BenchError(RuntimeError):
@@ -145,7 +145,7 @@ def _meet_rt(size: int, folder: Path) -> Meeting:
     port = listener.getsockname()[1]
     ranks = [{"RT_RANK": str(rank), "RT_WORLD_SIZE": str(size), "RT_COORDINATOR": f"{_LOOPBACK}:{port}"} for rank in range(size)]
     ranks[0]["RT_COORDINATOR_FD"] = str(listener.fileno())
-    return Meeting(sys.executable, _OURS, ranks, [listener], [(listener.fileno(),), *[()] * (size - 1)])
+    return Meeting(sys.executable, OURS, ranks, [listener], [(listener.fileno(),), *[()] * (size - 1)])
 
 
 def _meet_gloo(size: int, folder: Path) -> Meeting:
@@ -177,7 +177,7 @@ def _meet_tcp(size: int, folder: Path) -> Meeting:
     left = left[-1:] + left[:-1]
     ends = [(mine.fileno(), other.fileno()) for mine, other in zip(right, left, strict=True)]
     ranks = [{"BENCH_RIGHT": str(mine), "BENCH_LEFT": str(other)} for mine, other in ends]
-    return Meeting(sys.executable, _OURS, ranks, right + left, list(ends))
+    return Meeting(sys.executable, OURS, ranks, right + left, list(ends))
 
 
 def _meet_mpi(name: str, size: int, folder: Path) -> Meeting:

@@ -122,7 +122,7 @@ def options(arguments: argparse.Namespace, job_size: int | None = None) -> measu
     """
     collective = COLLECTIVES[arguments.command]
     given: dict[str, Any] = vars(arguments)
-    size = _size(arguments.n, job_size)
+    size = ranks_of(arguments.n, job_size)
     if job_size is not None and arguments.peers:
         raise argparse.ArgumentTypeError(f"--peers {','.join(arguments.peers)} starts ranks of its own, which cannot be done inside a job")
     for peer in arguments.peers:
@@ -163,7 +163,12 @@ def _checked(found: measure.Options) -> measure.Options:
     return found
 
 
-def _size(asked: int | None, job_size: int | None) -> int:
+def ranks_of(asked: int | None, job_size: int | None) -> int:
+    """Return how many ranks to measure: those of the job, where we are in one.
+
+    Raises:
+        argparse.ArgumentTypeError: others are asked for.
+    """
     if job_size is None:
         return asked or 2
     if asked not in (None, job_size):

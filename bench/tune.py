@@ -20,16 +20,17 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import host, measure
+from bench import host, job, measure
 from bench.collectives import COLLECTIVES
-from bench.conductor import RANK, System, running
-from bench.measure import Lane, Options
-from bench.meeting import BenchError
+from bench.conductor import RANK, running
+from bench.measure import Lane, Options, Ranks
 from rt import config, tuning
 from rt.tuning import ALGORITHMS, LINKS, Rule, Table, show_bytes
 
 FRONT = "rt sync"
-WORTH = 1.1  # what one more threshold must save: a tenth of the time at one size, or less at each of several
+# What one more threshold must save, of the time at one size or spread over several; and what one size counts for at most. That is less, so
+# no single size makes a threshold, however long something else held the machine up while it was measured.
+_WORTH, _MOST = math.log(1.2), math.log(1.19)
 
 
 class _Measured(NamedTuple):
@@ -69,7 +70,7 @@ class Found:
 
 
 def thresholds(sizes: Sequence[int], ratios: Mapping[str, Sequence[float]]) -> Rule:
-    """Return the rule that takes the least time over all sizes, if every threshold costs ``WORTH``: noise then makes none.
+    """Return the rule that takes the least time over all sizes, where every threshold has a price: noise then makes none.
 
     Args:
         sizes: bytes, ascending.
@@ -79,10 +80,11 @@ def thresholds(sizes: Sequence[int], ratios: Mapping[str, Sequence[float]]) -> R
     best: dict[str, tuple[float, tuple[str, ...]]] = {name: (0.0, ()) for name in ratios}
     for index in range(len(sizes)):
         cheapest = min(best.values(), key=lambda found: found[0])
+        least = min(times[index] for times in ratios.values())
         for name, (cost, path) in list(best.items()):
-            if cheapest[0] + math.log(WORTH) < cost:
-                cost, path = cheapest[0] + math.log(WORTH), cheapest[1]
-            best[name] = (cost + math.log(ratios[name][index]), (*path, name))
+            if cheapest[0] + _WORTH < cost:
+                cost, path = cheapest[0] + _WORTH, cheapest[1]
+            best[name] = (cost + min(_MOST, math.log(ratios[name][index] / least)), (*path, name))
     _, chosen = min(best.values(), key=lambda found: found[0])
     changes = [index for index, (before, after) in enumerate(itertools.pairwise(chosen)) if before != after]
     return (*((_between(sizes[index], sizes[index + 1]), chosen[index]) for index in changes), (math.inf, chosen[-1]))
@@ -101,28 +103,36 @@ def forced(turn: int, size: int) -> Table:
 
 
 @contextlib.contextmanager
-def _standing(rows: Sequence[str], size: int) -> Iterator[list[System]]:
-    """Start a group per number of an algorithm."""
+def _standing(rows: Sequence[str], size: int, group: Any) -> Iterator[list[Ranks]]:
+    """Start a group per number of an algorithm: on this host, or beside the ranks of a job."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rt-tune-")))
-        systems = []
+        systems: list[Ranks] = []
         for turn in range(max(len(ALGORITHMS[row]) for row in rows)):
             measure.progress(f"starting {size} ranks, {turn + 1}")
             path = folder / f"{turn}.json"
             path.write_text(forced(turn, size).text(), encoding="utf-8")
-            systems.append(stack.enter_context(running(FRONT, "rt", size, [*RANK, FRONT], {"RT_TUNING": str(path)})))
+            environ = {"RT_TUNING": str(path)}
+            if group is None:
+                systems.append(stack.enter_context(running(FRONT, "rt", size, [*RANK, FRONT], environ)))
+            else:
+                systems.append(stack.enter_context(job.beside(FRONT, group, environ)))
         yield systems
 
 
-def run(rows: Sequence[str], size: int, min_bytes: int, max_bytes: int, factor: int) -> tuple[list[Found], Table]:
+def run(rows: Sequence[str], size: int, min_bytes: int, max_bytes: int, factor: int, group: Any = None) -> tuple[list[Found], Table]:
     """Measure the algorithms of some rows on ranks of our own; return what was found, and the table that follows.
+
+    Args:
+        rows: of a table.
+        size: number of ranks.
+        min_bytes, max_bytes, factor: which sizes, as ``measure.Options`` has them.
+        group: the job that we are in; every rank of it returns the same. None: there is none.
 
     Raises:
         BenchError: a group could not be started or broke.
     """
-    if config.resolve_ring() is not None:
-        raise BenchError("tune starts ranks of its own on this host, which cannot be done inside a job")
-    with _standing(rows, size) as systems:
+    with _standing(rows, size, group) as systems:
         found = []
         for row in rows:
             name, dtype, op = ROWS[row]
@@ -134,7 +144,7 @@ def run(rows: Sequence[str], size: int, min_bytes: int, max_bytes: int, factor: 
     return found, Table({each.row: {links: {size: each.rule}} for each in found}, about)
 
 
-def _row(row: str, options: Options, systems: Sequence[System]) -> Found:
+def _row(row: str, options: Options, systems: Sequence[Ranks]) -> Found:
     found = Found(row, [count * options.itemsize for count in options.counts], {}, {}, [])
     able = dict(zip(ALGORITHMS[row], systems, strict=True))
     for number, count in enumerate(options.counts):
@@ -154,7 +164,7 @@ def _row(row: str, options: Options, systems: Sequence[System]) -> Found:
     return found
 
 
-def _links(system: System) -> str:
+def _links(system: Ranks) -> str:
     """Return the kind of what joins the ranks, as tables call it."""
     used = {link for greeting in system.greetings for link in greeting["links"].values()}
     return "shm" if used == {"shm"} else "mixed" if "shm" in used else "tcp"

@@ -92,3 +92,17 @@ def test_mistakes_are_found_on_every_rank() -> None:
     done = run([sys.executable, "-m", "rt.launch", "-n", "2", *BENCH, "barrier", "-n", "3"])
     assert done.returncode == 2
     assert "-n 3: found a job of 2 ranks" in done.stderr
+
+
+def test_algorithms_are_measured_beside_the_ranks_of_a_job(tmp_path: Path) -> None:
+    path, data = tmp_path / "table.json", tmp_path / "found.json"
+    words = ["tune", "broadcast", "barrier", "-b", "1K", "-e", "1K", "--output", str(path), "-J", str(data)]
+    done = run([sys.executable, "-m", "rt.launch", "-n", "3", *BENCH, *words], RT_SHM="0")
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {"[0]"}
+    table = json.loads(path.read_text())
+    assert {row: {links: list(rules) for links, rules in table[row].items()} for row in ("broadcast", "barrier")} == {
+        "broadcast": {"tcp": ["3"]}, "barrier": {"tcp": ["3"]},
+    }  # fmt: skip
+    measured = json.loads(data.read_text())["measured"]
+    assert [list(found["seconds"]) for found in measured.values()] == [["binomial", "pipeline"], ["dissemination", "ring"]]

@@ -31,9 +31,11 @@ SIZES = [1 << 10, 1 << 12, 1 << 14, 1 << 16]
         ({"a": [1, 1, 2, 2], "b": [2, 2, 1, 1]}, ((1 << 13, "a"), (ABOVE, "b"))),
         ({"a": [1, 1, 1, 1], "b": [1.05, 0.97, 1.05, 0.97]}, ((ABOVE, "a"),)),  # noise makes no thresholds
         ({"a": [1, 1, 1, 1], "b": [1.2, 1.2, 1.2, 0.95]}, ((ABOVE, "a"),)),  # what one saves is less than what it costs
-        ({"a": [1, 1, 1, 1], "b": [1.2, 1.2, 0.95, 0.94]}, ((1 << 13, "a"), (ABOVE, "b"))),  # what it saves at two sizes is more
-        ({"a": [1, 3, 1, 1], "b": [3, 1, 3, 3]}, ((1 << 11, "a"), (1 << 13, "b"), (ABOVE, "a"))),
-        ({"a": [1, 3, 9, 9], "b": [3, 1, 3, 9], "c": [9, 9, 1, 1]}, ((1 << 11, "a"), (1 << 13, "b"), (ABOVE, "c"))),
+        ({"a": [1, 1, 1, 1], "b": [1.2, 1.2, 0.9, 0.9]}, ((1 << 13, "a"), (ABOVE, "b"))),  # what it saves at two sizes is more
+        ({"a": [1, 9, 1, 1], "b": [9, 1, 9, 9]}, ((ABOVE, "a"),)),  # one size makes none, however slow it was
+        ({"a": [9, 1, 1, 1], "b": [1, 9, 9, 9]}, ((ABOVE, "a"),)),
+        ({"a": [1, 1, 1, 9], "b": [9, 9, 9, 1]}, ((ABOVE, "a"),)),
+        ({"a": [9, 9, 1, 1], "b": [1, 1, 9, 9]}, ((1 << 13, "b"), (ABOVE, "a"))),
         ({"a": [1, 1, 1, 1], "b": [1, 1, 1, 1]}, ((ABOVE, "a"),)),
     ],
 )
@@ -41,9 +43,15 @@ def test_thresholds_must_pay(ratios: dict[str, list[float]], rule: Any) -> None:
     assert tune.thresholds(SIZES, ratios) == rule
 
 
+def test_there_may_be_several_thresholds() -> None:
+    ratios = {"a": [1, 1, 3, 3, 9, 9], "b": [3, 3, 1, 1, 3, 3], "c": [9, 9, 3, 3, 1, 1]}
+    assert tune.thresholds([1 << shift for shift in range(4, 16, 2)], ratios) == ((1 << 7, "a"), (1 << 11, "b"), (ABOVE, "c"))
+
+
 def test_a_threshold_lies_between_the_sizes_that_were_measured() -> None:
     for low, high, between in ((4096, 16384, 8192), (4096, 8192, 4096), (5456, 10912, 5456), (5456, 21840, 8192), (4, 64, 16)):
-        assert tune.thresholds([low, high], {"a": [1, 9], "b": [9, 1]}) == ((between, "a"), (ABOVE, "b"))
+        sizes = [low - 1, low, high, high + 1]
+        assert tune.thresholds(sizes, {"a": [1, 1, 9, 9], "b": [9, 9, 1, 1]}) == ((between, "a"), (ABOVE, "b"))
 
 
 def test_one_size_is_enough() -> None:
@@ -147,10 +155,3 @@ def test_mistakes(words: list[str], found: str, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as caught:
         run(*words)
     assert caught.value.code == 2 and found in capsys.readouterr().err
-
-
-def test_inside_a_job_no_ranks_are_started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, value in (("RT_RANK", "0"), ("RT_WORLD_SIZE", "2"), ("RT_COORDINATOR", "127.0.0.1:1")):
-        monkeypatch.setenv(name, value)
-    assert run("barrier") == 1
-    assert "cannot be done inside a job" in capsys.readouterr().err
