@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import fused, idle, imports, job, kernels, limits, local, loop_lag, measure, options, report, tune
+from bench import fused, idle, imports, job, kernels, limits, local, loop_lag, measure, options, options_simulate, report, simulate, tune
 from bench.collectives import COLLECTIVES
 from bench.meeting import BenchError, require
 from rt.errors import ConfigError
@@ -36,6 +36,7 @@ examples:
   rt.bench import                              what does `import rt` cost?
   rt.bench tune -n 4 --into here.json          which algorithm is fastest here? then RT_TUNING=here.json
   rt.bench tune --show                         which algorithms are preferred now?
+  rt.bench simulate --hosts 1024 -e 1G         which algorithm would be best on a large cluster?
 
 Outside a job all ranks run on this host, over loopback. Load from elsewhere shows in every number: look at the load average in the header.
 """
@@ -127,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     least.add_argument("--measure", action="store_true", help="also time all_reduce, and say how near it comes")
     _add(commands, "import", "how long `import rt` takes", _IMPORT, ranks=False)
     _add_tune(_add(commands, "tune", "find the fastest algorithms, or show those preferred", _TUNE, ranks=True))
+    options_simulate.add(_add(commands, "simulate", "the algorithms on a described cluster", options_simulate.DESCRIPTION, ranks=False))
     return top
 
 
@@ -232,6 +234,10 @@ def run(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
         return kernels.text(rows), rows, 0
     if arguments.command == "tune":
         return _tune(arguments)
+    if arguments.command == "simulate":
+        wanted = options_simulate.options(arguments)
+        rows = simulate.run(wanted)
+        return simulate.text(wanted, rows), simulate.content(wanted, rows), 0
     rows = imports.run()
     return imports.text(rows), rows, 0
 
