@@ -209,8 +209,10 @@ def show(table: Table, source: str) -> str:
     lines = [f"# {source}, fingerprint {table.fingerprint}", f"# {'collective':<15}  {'links':<5}  {'ranks':<10}  algorithm"]
     for collective, by_links in table.rules.items():
         for links, by_ranks in by_links.items():
+            least = 2
             for ranks, rule in sorted(by_ranks.items()):
-                span = f"{ranks} and more" if ranks == max(by_ranks) else f"up to {ranks}"
+                span = f"{least} and more" if ranks == max(by_ranks) else f"{least} to {ranks}" if least < ranks else f"{ranks}"
+                least = ranks + 1
                 lines.append(f"  {collective:<15}  {links:<5}  {span:<10}  {_rule(rule)}")
     return "\n".join(lines)
 

@@ -131,7 +131,7 @@ def show_bytes(nbytes: int) -> str:
 def shipped() -> Table:
     """Return the table that comes with rt, which has everything."""
     path = Path(__file__).with_name("tuning.json")
-    return parse(json.loads(path.read_text(encoding="utf-8")), path.name)
+    return read(path, str(path))
 
 
 def read(path: str | os.PathLike[str], where: str) -> Table:

@@ -129,14 +129,17 @@ def test_the_table_in_force_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run("--show") == 0
     assert f"# shipped with rt, fingerprint {shipped().fingerprint}\n" in capsys.readouterr().out
     path = tmp_path / "mine.json"
-    path.write_text('{"version": 1, "all_reduce": {"shm": {"2": {"64K": "direct", "above": "owner"}}}}')
+    rules = {"2": {"64K": "direct", "above": "owner"}, "3": {"above": "owner"}, "8": {"above": "owner"}, "9": {"above": "ring"}}
+    path.write_text(json.dumps({"version": 1, "all_reduce": {"shm": rules}}))
     expected = read(path, "F").over(shipped())
     monkeypatch.setenv("RT_TUNING", str(path))
     for words, source in ((["--show"], f"RT_TUNING {path}"), (["--show", str(path)], str(path))):
         assert run(*words) == 0
         said = capsys.readouterr().out
         assert f"# {source}, fingerprint {expected.fingerprint}\n" in said
-        assert "  all_reduce       shm    up to 2     up to 64K direct, above owner\n" in said
+        assert "  all_reduce       shm    2           up to 64K direct, above owner\n" in said
+        assert "  all_reduce       shm    4 to 8      owner\n" in said
+        assert "  all_reduce       shm    9 and more  ring\n" in said
         assert "  barrier          tcp    2 and more  dissemination" in said
     assert run("--show", "--json", "-") == 0
     found = json.loads(capsys.readouterr().out)
