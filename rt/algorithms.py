@@ -51,7 +51,7 @@ def finish(total: Span, out: Span, mean: bool) -> Iterator[Step]:
 # --- rings: only neighbours talk ------------------------------------------------------------------------------------------------------
 
 
-def _ring_reduce(rank: int, way: Way, own: Sequence[Span], kept: Sequence[Span], wide: bool) -> Iterator[Step]:
+def ring_reduce(rank: int, way: Way, own: Sequence[Span], kept: Sequence[Span], wide: bool) -> Iterator[Step]:
     """Send partial sums once round the ring; rank r ends with the whole of chunk r.
 
     Args:
@@ -59,11 +59,11 @@ def _ring_reduce(rank: int, way: Way, own: Sequence[Span], kept: Sequence[Span],
         way: how the part travels.
         own: this rank's contribution to the chunk met at hop 0, 1, ...; the last is its own chunk.
         kept: where the partial sum of that chunk is kept, the last one being the total; at hop 0 used only if ``wide``.
-        wide: partial sums travel and are kept as float32.
+        wide: partial sums travel and are kept as float32; so is a contribution that lies where its partial sum is kept.
     """
     last = len(own) - 1
     for hop, (mine, partial) in enumerate(zip(own, kept, strict=True)):
-        if wide:
+        if wide and mine != partial:
             yield local_step(Kind.CONVERT, mine, partial)
             mine = partial
         if hop:
@@ -72,7 +72,7 @@ def _ring_reduce(rank: int, way: Way, own: Sequence[Span], kept: Sequence[Span],
             yield send_step(way.ahead, way.lane, partial if hop else mine)
 
 
-def _met(rank: int, way: Way, chunks: Sequence[Span]) -> list[Span]:
+def as_met(rank: int, way: Way, chunks: Sequence[Span]) -> list[Span]:
     """Put chunks in the order in which a rank meets them, its own last."""
     return [chunks[(rank - way.turn * hop) % len(chunks)] for hop in range(1, len(chunks) + 1)]
 
@@ -88,14 +88,14 @@ def _ring_all_reduce(rank: int, size: int, count: int, lanes: int, itemsize: int
     temps: list[Temp] = []
     for i, (way, part) in enumerate(zip(ring_ways(rank, size, parts), Span(INPUT, 0, count).split(parts), strict=True)):
         chunks = part.split(size)
-        met = _met(rank, way, chunks)
+        met = as_met(rank, way, chunks)
         if wide:
             kept = _two_slots(i, met)
             temps += [Temp(chunks[0].length, True)] * 2
         else:
             kept = [chunk.on(OUTPUT) for chunk in met]
         mine = chunks[rank].on(OUTPUT)
-        steps += _ring_reduce(rank, way, met, kept, wide)
+        steps += ring_reduce(rank, way, met, kept, wide)
         steps += finish(kept[-1], mine, mean)
         steps += ring_spread(rank, way, mine, [chunk.on(OUTPUT) for chunk in chunks])
     return schedule("ring_wide" if wide else "ring", steps, temps)
@@ -127,13 +127,13 @@ def _ring_reduce_scatter(rank: int, counts: Sequence[int], lanes: int, itemsize:
     steps: list[Step] = []
     temps: list[Temp] = []
     for i, (way, part) in enumerate(zip(ring_ways(rank, size, parts), Span(INPUT, 0, most).split(parts), strict=True)):
-        met = _met(rank, way, [block[i] for block in split])
+        met = as_met(rank, way, [block[i] for block in split])
         out = outs[i]
         kept = _two_slots(i, met)  # never OUTPUT: in place that is this rank's own contribution, which is needed last
         if not wide:
             kept[-1] = out
         temps += [Temp(part.length, wide)] * 2
-        steps += _ring_reduce(rank, way, met, kept, wide)
+        steps += ring_reduce(rank, way, met, kept, wide)
         steps += finish(kept[-1], out, mean)
     return schedule("ring_wide" if wide else "ring", steps, temps)
 
