@@ -57,20 +57,27 @@ class HostInfo:
     pid_namespace: int
     pid: int
     shm: str = ""  # name under which it takes memory to share; empty: it shares none
+    net_namespace: int = 0
 
     @classmethod
     def mine(cls, shm: str = "") -> HostInfo:
         """Describe this process; what the system does not offer is empty and equals nothing."""
-        boot_id, namespace = "", 0
+        boot_id, processes, network = "", 0, 0
         with suppress(OSError):  # not Linux
             with open("/proc/sys/kernel/random/boot_id") as file:
                 boot_id = file.read().strip()
-            namespace = os.stat("/proc/self/ns/pid").st_ino
-        return cls(socket.gethostname(), boot_id, namespace, os.getpid(), shm)
+            processes = os.stat("/proc/self/ns/pid").st_ino
+            network = os.stat("/proc/self/ns/net").st_ino
+        return cls(socket.gethostname(), boot_id, processes, os.getpid(), shm, network)
 
     def sees(self, other: HostInfo) -> bool:
         """Whether ``other.pid`` means that process here."""
         return bool(self.boot_id) and (self.boot_id, self.pid_namespace) == (other.boot_id, other.pid_namespace)
+
+    @property
+    def network(self) -> tuple[str, str, int]:
+        """Equal for ranks that reach each other without a cable, also where they share no memory: one system, one network namespace."""
+        return self.hostname, self.boot_id, self.net_namespace
 
 
 @dataclass(frozen=True)

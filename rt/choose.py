@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from rt import algorithms, algorithms_exchange, algorithms_move, algorithms_rooted, algorithms_scan
+from rt import algorithms, algorithms_exchange, algorithms_hierarchy, algorithms_move, algorithms_rooted, algorithms_scan
 from rt.dtypes import HALF, ITEMSIZE, DType, Op
 from rt.schedule import TEMP, Collective, Schedule, Temp
 from rt.tuning import ALGORITHMS, Table, shipped
@@ -31,6 +31,7 @@ class Case(NamedTuple):
         each: items of every rank's block.
         wide: halves must be reduced in float32.
         mesh: every pair of ranks is connected.
+        hosts: of each rank the number of its host; none: all share one.
     """
 
     rank: int
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     mean: bool
     wide: bool
     mesh: bool
+    hosts: Sequence[int]
 
 
 class Algorithm(NamedTuple):
@@ -64,6 +66,15 @@ def _anywhere(case: Case) -> bool:
     return True
 
 
+def _layered(case: Case) -> bool:
+    """Several hosts, some of which have several ranks."""
+    return case.mesh and 1 < len(set(case.hosts)) < case.size
+
+
+def _hierarchy(c: Case) -> Schedule:
+    return algorithms_hierarchy.all_reduce(c.rank, c.hosts, c.items, c.lanes, c.itemsize, mean=c.mean, wide=c.wide)
+
+
 def _unless_halves_can(case: Case) -> bool:
     """Where all are connected, halves travel as halves, and an item's result does not depend on its place."""
     return not (case.mesh and case.wide)
@@ -75,6 +86,7 @@ _KNOWN: dict[str, dict[str, Algorithm]] = {
         "doubling": Algorithm(lambda c: algorithms.doubling_all_reduce(c.rank, c.size, c.items, mean=c.mean), _meshed),
         "direct": Algorithm(lambda c: algorithms.direct_all_reduce(c.rank, c.size, c.items, mean=c.mean), _meshed),
         "owner": Algorithm(lambda c: algorithms.owner_all_reduce(c.rank, c.size, c.items, c.lanes, c.itemsize, mean=c.mean), _meshed),
+        "hierarchy": Algorithm(_hierarchy, _layered),
         "ring": Algorithm(lambda c: algorithms.ring_all_reduce(c.rank, c.size, c.items, c.lanes, c.itemsize, mean=c.mean), _anywhere),
     },
     "all_reduce_wide": {
@@ -82,6 +94,7 @@ _KNOWN: dict[str, dict[str, Algorithm]] = {
         "owner": Algorithm(
             lambda c: algorithms.owner_all_reduce(c.rank, c.size, c.items, c.lanes, c.itemsize, mean=c.mean, wide=True), _meshed
         ),
+        "hierarchy": Algorithm(_hierarchy, _layered),
         "ring": Algorithm(
             lambda c: algorithms.ring_all_reduce_wide(c.rank, c.size, c.items, c.lanes, c.itemsize, mean=c.mean), _unless_halves_can
         ),
@@ -146,7 +159,7 @@ _KNOWN: dict[str, dict[str, Algorithm]] = {
 
 def choose(
     kind: Collective, *, rank: int, size: int, count: int, dtype: DType, op: Op, lanes: int, full_mesh: bool, root: int = 0,
-    counts: Sequence[int] = (), links: str = "tcp", table: Table | None = None,
+    counts: Sequence[int] = (), hosts: Sequence[int] = (), links: str = "tcp", table: Table | None = None,
 ) -> Schedule:  # fmt: skip
     """Return the schedule of ``rank`` for one collective.
 
@@ -164,6 +177,7 @@ def choose(
             all-to-all with counts (what passes by is not known here) do not ask: what is below them relays.
         root: root of a broadcast, reduce, gather or scatter; peer of a send or recv.
         counts: the kinds whose names end in V: items of the block of each rank; all-to-all: items for each rank, then items from each.
+        hosts: of each rank the number of its host, from 0 without gaps; none: all share one.
         links: what joins the ranks, one of ``tuning.LINKS``.
         table: what is preferred; None: what the table that is shipped says.
     """
@@ -180,7 +194,7 @@ def choose(
             return algorithms_exchange.direct_all_to_all(rank, counts[:size], counts[size:], lanes, itemsize)
     each = counts or [count] * size
     wide = kind in _REDUCING and _needs_wide(size - (kind is Collective.EXSCAN), dtype, op)
-    case = Case(rank, size, count, each, itemsize, lanes, root, op is Op.MEAN, wide, mesh)
+    case = Case(rank, size, count, each, itemsize, lanes, root, op is Op.MEAN, wide, mesh, hosts)
     row = "all_reduce_wide" if wide and kind is Collective.ALL_REDUCE else kind.name.lower().removesuffix("_v")
     plan = _fitting(row, (table or shipped()).prefers(row, links, size, max(each) * itemsize), case).schedule(case)
     return _compared(plan, rank, size) if 0 in counts else plan

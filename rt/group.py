@@ -91,6 +91,7 @@ class CoreGroup:
         ranks: world rank of each rank of the group.
         rank: of this process in the group.
         timeout: seconds a collective may take unless the call says otherwise; None for ever.
+        hosts: of each rank the number of its host, in the order in which ranks of the group come to hosts.
         full_mesh, link_kind, tuning: what algorithms are chosen by, alike on all ranks: whether all pairs are connected, by what (one of
             ``tuning.LINKS``), and rank 0's table. Only where there are several ranks.
     """
@@ -117,6 +118,7 @@ class CoreGroup:
             self.full_mesh = pairs <= world.direct
             self.link_kind = "shm" if pairs <= world.shared else "mixed" if pairs & world.shared else "tcp"
             self.tuning = world.tuning
+            self.hosts = _numbered([world.hosts[r] for r in self.ranks])
             self._links = [0 if r == world.rank else self.engine.links_to(r) for r in self.ranks]
 
     # -- submitting
@@ -176,6 +178,7 @@ class CoreGroup:
             full_mesh=self.full_mesh,
             root=max(call.root, 0),
             counts=[rows * row_items for rows in call.counts],
+            hosts=self.hosts,
             links=self.link_kind,
             table=self.tuning,
         )
@@ -204,7 +207,7 @@ class CoreGroup:
             dims = (*shape[: _PLAIN_DIMS - 1], hash64(*shape[_PLAIN_DIMS - 1 :]))
         lanes = self.world.lanes if self.world is not None else 1
         table = self.tuning.fingerprint if self.tuning is not None else ""
-        fingerprint = hash64(algorithm, self.identity, lanes, self.full_mesh, self.link_kind, table)
+        fingerprint = hash64(algorithm, self.identity, lanes, self.full_mesh, self.hosts, self.link_kind, table)
         root = -1 if p2p else call.root
         tag = hash64(*call.counts) if call.counts else call.tag & (2**64 - 1)
         return _SIGNATURE.pack(0, kind, call.dtype, call.op, len(shape), nbytes, root, self.size, fingerprint, tag, *dims)
@@ -300,6 +303,12 @@ def _explain_objects(kind: Collective, sequence: int, root: int, tag: int, role:
     if kind is Collective.BROADCAST:
         return f"broadcast_object #{sequence} root {root}"
     return f"gather_objects #{sequence} root {root}" if root >= 0 else f"all_gather_objects #{sequence}"
+
+
+def _numbered(names: Sequence[Any]) -> tuple[int, ...]:
+    """Number names from 0 in the order in which they first occur."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return tuple(numbers[name] for name in names)
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -42,8 +42,8 @@ LINKS = ("shm", "tcp", "mixed")  # what joins the pairs of a group: memory, TCP,
 # behind it that can is taken, else the next before it. Collectives with counts per rank (``_v``) go by the rows of those without;
 # ``all_reduce_wide`` is that of half types which are accumulated in float32.
 ALGORITHMS: dict[str, tuple[str, ...]] = {
-    "all_reduce": ("doubling", "direct", "owner", "ring"),
-    "all_reduce_wide": ("direct", "owner", "ring"),
+    "all_reduce": ("doubling", "direct", "owner", "hierarchy", "ring"),
+    "all_reduce_wide": ("direct", "owner", "hierarchy", "ring"),
     "reduce_scatter": ("direct", "ring"),
     "all_gather": ("direct", "ring"),
     "broadcast": ("binomial", "pipeline"),

@@ -65,6 +65,7 @@ class World:
         self.lanes = ring.connections
         self.authenticated = ring.secret.key is not None  # peers proved to know the job's secret
         self.direct: frozenset[tuple[int, int]] = frozenset()
+        self.hosts: tuple[Any, ...] = (None,) * ring.size  # of each rank what is equal on its host; the same on all ranks
         self.engine = _fastpath.Engine()
         self.drivers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopDriver] = weakref.WeakKeyDictionary()
         self.groups: dict[int, CoreGroup] = {}
@@ -103,6 +104,7 @@ class World:
         try:
             found = wiring.result()
             self.direct, self.shared, self.tuning = found.direct, found.shared, found.tuning
+            self.hosts = tuple(host.network for host in found.hosts)
             scarce = _cores() < sum(found.hosts[self.rank].sees(host) for host in found.hosts)
             self.spin = self._ring.spin if self._ring.spin is not None else 0.0 if scarce else SPIN_SECONDS
             self.addresses = {peer: _address(socks[0]) for peer, socks in found.data.items()}

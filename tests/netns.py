@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -32,6 +33,20 @@ def missing() -> str:
         return "making network namespaces needs root"
     tried = subprocess.run(["unshare", "--net", *_APART[1:], "true"], capture_output=True, text=True, timeout=20)
     return f"this root may not make namespaces: {tried.stderr.strip()}" if tried.returncode else ""
+
+
+@functools.cache
+def no_limits() -> str:
+    """Say why the wires of hosts cannot be slowed down here; "" where they can."""
+    if missing() or shutil.which("tc") is None:
+        return missing() or "no tc (Debian: iproute2)"
+    with hosts(1) as (host,):
+        host.ip("link add name cable type veth peer name end")
+        try:
+            host.limit("cable", "1gbit")
+        except RuntimeError as error:
+            return f"this kernel has no tbf (CONFIG_NET_SCH_TBF): {error}"
+    return ""
 
 
 class Host:
@@ -62,6 +77,17 @@ class Host:
     def ip(self, words: str) -> str:
         """Run ``ip`` here and return what it prints."""
         return self._run("ip", *words.split())
+
+    def limit(self, interface: str, rate: str) -> None:
+        """Send no more than ``rate`` (as tc writes it: ``1gbit``, headers of Ethernet included) on an interface."""
+        # The burst must hold a segment as large as the interface takes (64 KiB) and what goes out between two ticks of a slow clock; the
+        # limit is the queue of a switch: far below what TCP would fill it with, it would drop, and the bytes be sent twice.
+        self._run("tc", "qdisc", "replace", "dev", interface, "root", "tbf", "rate", rate, "burst", "128kb", "limit", "2mb")
+
+    def sent(self, interface: str) -> int:
+        """Bytes that have gone out on an interface, with all headers."""
+        (found,) = json.loads(self.ip(f"-s -j link show {interface}"))
+        return int(found["stats64"]["tx"]["bytes"])
 
     def retransmitted(self) -> int:
         """TCP segments that this host has sent again because nobody acknowledged them."""
@@ -113,6 +139,20 @@ def ring_of_hosts(count: int) -> Iterator[list[Host]]:
     with hosts(count) as made:
         for number, host in enumerate(made):
             connect(host, f"10.0.{number}.1/30", made[(number + 1) % count], f"10.0.{number}.2/30", f"cable{number}")
+        yield made
+
+
+@contextlib.contextmanager
+def switched(count: int) -> Iterator[list[Host]]:
+    """Make hosts with one ``cable`` each, all to one switch; host r is 10.2.0.(r + 1)."""
+    with hosts(count + 1) as (switch, *made):
+        switch.ip("link add name switch type bridge")
+        switch.ip("link set switch up")
+        for number, host in enumerate(made):
+            host.ip(f"link add cable type veth peer name port{number} netns {switch.holder}")
+            host.ip(f"address add 10.2.0.{number + 1}/24 dev cable")
+            switch.ip(f"link set port{number} master switch up")
+            host.ip("link set cable up")
         yield made
 
 

@@ -52,6 +52,7 @@ async def check(wirings: list[Any], pairs: set[tuple[int, int]], connections: in
         assert wiring.direct == pairs
         assert set(wiring.data) == set(wiring.control) == {a + b - wiring.rank for a, b in pairs if wiring.rank in (a, b)}
         assert [host.pid for host in wiring.hosts] == [HostInfo.mine().pid] * wiring.size
+        assert {host.network for host in wiring.hosts} == {HostInfo.mine().network}
     for (a, b), i in itertools.product(pairs, range(connections)):
         here, there = wirings[a].data[b][i], wirings[b].data[a][i]
         assert here.getpeername() == there.getsockname()

@@ -1,6 +1,6 @@
 """Do all ranks choose the same algorithm, the one that ``rt/choose.py`` says, and is every choice right?
 
-May live here: thresholds, reachability and dtypes as inputs of the choice. May not: what holds for an algorithm by itself
+May live here: thresholds, reachability, hosts and dtypes as inputs of the choice. May not: what holds for an algorithm by itself
 (``test_algorithms``).
 """
 
@@ -164,6 +164,30 @@ def test_every_algorithm_of_a_table_is_right_where_all_are_connected(row: str) -
         outputs = simulate(kind, plans, s, inputs, numbers(dtype, op), rng, rng.random() < 0.5)
         for found, wanted in zip(outputs, expected(kind, inputs, op, s), strict=True):
             np.testing.assert_array_equal(found, wanted, err_msg=f"{plans[0].name}, {s}")
+
+
+HOSTS = [
+    # hosts, bytes, dtype, op, mesh -> name
+    ((0, 0, 1, 1), 16 * KIB, DType.FLOAT32, Op.SUM, True, "doubling"),
+    ((0, 0, 1, 1), 16 * KIB + 4, DType.FLOAT32, Op.MEAN, True, "hierarchy"),
+    ((0, 1, 0, 1), 1024 * KIB, DType.FLOAT16, Op.MAX, True, "hierarchy"),
+    ((0, 1, 0, 1), 1024 * KIB, DType.FLOAT16, Op.MEAN, True, "hierarchy_wide"),
+    ((0, 0, 1), 1024 * KIB, DType.BFLOAT16, Op.SUM, False, "hierarchy_wide"),  # in a ring of three all are neighbours
+    ((0, 0, 1, 1), 1024 * KIB, DType.FLOAT32, Op.SUM, False, "ring"),
+    ((0, 1, 2, 3), 1024 * KIB, DType.FLOAT32, Op.SUM, True, "ring"),
+    ((0, 0, 0, 0), 1024 * KIB, DType.FLOAT32, Op.SUM, True, "ring"),
+    ((0, 1), 1024 * KIB, DType.FLOAT32, Op.SUM, True, "ring"),
+]
+
+
+@pytest.mark.parametrize(("hosts", "nbytes", "dtype", "op", "mesh", "name"), HOSTS)
+def test_choice_where_ranks_share_hosts(hosts: tuple[int, ...], nbytes: int, dtype: DType, op: Op, mesh: bool, name: str) -> None:
+    size, count = len(hosts), nbytes // ITEMSIZE[dtype]
+    given = {"size": size, "count": count, "dtype": dtype, "op": op, "lanes": 1, "full_mesh": mesh, "hosts": hosts, "links": "mixed"}
+    plans = [choose(Collective.ALL_REDUCE, rank=rank, **given) for rank in range(size)]  # type: ignore[arg-type]
+    assert {plan.name for plan in plans} == {name}
+    assert any(step.kind is Kind.SCALE for plan in plans for step in plan.steps) == (op is Op.MEAN)
+    assert_matched(plans)
 
 
 def test_blocks_of_different_lengths_go_by_the_largest() -> None:

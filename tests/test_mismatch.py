@@ -236,3 +236,16 @@ def test_a_rank_outside_learns_at_its_next_call(front: str) -> None:
     assert all(outcome.error is None for outcome in outcomes), "\n".join(map(str, outcomes))
     assert len({outcome.value[0].split("ranks disagree")[1].split(" after ")[0] for outcome in outcomes}) == 1
     assert outcomes[2].value[1] < AT_ONCE
+
+
+async def other_hosts(rt: Any, world: Any, ctl: ranks.Ctl) -> str:
+    """Rank 1 takes the two for ranks of two hosts. Both choose one algorithm all the same, but for a larger call would not."""
+    assert world._core.hosts == (0, 0)
+    world._core.hosts = (0, world.rank())
+    with pytest.raises(MismatchError) as caught:
+        await world.all_sum(np.ones(4, np.float32))
+    return str(caught.value)
+
+
+def test_ranks_must_agree_on_who_shares_a_host() -> None:
+    assert all("ranks disagree" in said for said in ranks.results(2, other_hosts))

@@ -7,7 +7,6 @@ Deadlines that the project promises (a time limit holds) are asserted; no other 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -47,22 +46,17 @@ def two_cables() -> Iterator[list[netns.Host]]:
 # --- the environment only -------------------------------------------------------------------------------------------------------------
 
 
-def bytes_sent(host: netns.Host, cable: str) -> int:
-    (found,) = json.loads(host.ip(f"-s -j link show {cable}"))
-    return int(found["stats64"]["tx"]["bytes"])
-
-
 def both_ranks(both: Sequence[netns.Host], **env: str) -> list[tuple[int, str, str]]:
     return ends([start(host, RT_RANK=str(rank), **env) for rank, host in enumerate(both)])
 
 
 def succeeds_over_both_cables(both: Sequence[netns.Host], **env: str) -> None:
-    before = [[bytes_sent(host, cable) for cable in ("cable0", "cable1")] for host in both]
+    before = [[host.sent(cable) for cable in ("cable0", "cable1")] for host in both]
     for status, output, errors in both_ranks(both, **env):
         assert (status, output) == (0, "sum 3.0 of 2\n"), errors
     for host, sent in zip(both, before, strict=True):
         for cable, already in zip(("cable0", "cable1"), sent, strict=True):
-            assert bytes_sent(host, cable) - already > 4 << 20  # of 16 MiB
+            assert host.sent(cable) - already > 4 << 20  # of 16 MiB
 
 
 def test_the_guides_ring_with_a_secret_file(two_cables: list[netns.Host], tmp_path: Path) -> None:
