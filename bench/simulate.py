@@ -14,10 +14,10 @@ from bench import fold
 from bench.fold import ITEMSIZE, Make
 from bench.measure import progress
 from bench.simulator import Link, Machine
-from rt import algorithms, algorithms_exchange, algorithms_move
+from rt import algorithms, algorithms_exchange, algorithms_hierarchy, algorithms_move
 from rt.choose import choose
 from rt.dtypes import DType, Op
-from rt.schedule import Collective
+from rt.schedule import Collective, Schedule
 
 _LANES = 1
 _RING_BYTES, _SOCKET_BYTES = 1 << 20, 4 << 20
@@ -25,10 +25,23 @@ _PIECE_BYTES, _SEGMENT_BYTES = 1 << 15, 1 << 16
 _LOCAL_FRAME_SECONDS, _NETWORK_FRAME_SECONDS = 0.3e-6, 2e-6
 _WAKE_SECONDS = 5e-6
 
+
+def _hierarchy(rank: int, machine: Machine, count: int) -> Schedule:
+    """Return what ``rt`` makes of it: rings of one rank per host, or a plain ring where there is nothing to layer."""
+    if 1 < machine.hosts < machine.size:
+        return algorithms_hierarchy.all_reduce(rank, _hosts(machine), count, _LANES, ITEMSIZE)
+    return algorithms.ring_all_reduce(rank, machine.size, count, _LANES, ITEMSIZE)
+
+
+def _hosts(machine: Machine) -> list[int]:
+    return [rank // machine.ranks_per_host for rank in range(machine.size)]
+
+
 ALGORITHMS: dict[str, dict[str, Make]] = {
     "all_reduce": {
         "doubling": lambda rank, machine, count: algorithms.doubling_all_reduce(rank, machine.size, count),
         "owner": lambda rank, machine, count: algorithms.owner_all_reduce(rank, machine.size, count, _LANES, ITEMSIZE),
+        "hierarchy": _hierarchy,
         "ring": lambda rank, machine, count: algorithms.ring_all_reduce(rank, machine.size, count, _LANES, ITEMSIZE),
     },
     "all_gather": {
@@ -85,17 +98,21 @@ def run(options: Options) -> list[dict[str, Any]]:
         times = {name: each.seconds for name, each in found.items() if each is not None}
         rows.append({
             "bytes": nbytes, "times": {name: times.get(name) for name in found}, "best": min(times, key=times.__getitem__, default=None),
-            "chosen": chosen(options.collective, options.machine.size, count),
+            "chosen": chosen(options.collective, options.machine, count),
             "ways": {name: each.way for name, each in found.items() if each is not None},
         })  # fmt: skip
     progress("")
     return rows
 
 
-def chosen(collective: str, size: int, count: int) -> str:
+def chosen(collective: str, machine: Machine, count: int) -> str:
     """Return the name of the algorithm that ``rt`` takes, where all pairs of ranks are connected."""
-    each = count if collective == "all_reduce" else count // size
-    return choose(_KINDS[collective], rank=0, size=size, count=each, dtype=DType.FLOAT32, op=Op.SUM, lanes=_LANES, full_mesh=True).name
+    size = machine.size
+    links = "tcp" if machine.ranks_per_host == 1 else "shm" if machine.hosts == 1 else "mixed"
+    return choose(
+        _KINDS[collective], rank=0, size=size, count=count if collective == "all_reduce" else count // size, dtype=DType.FLOAT32, op=Op.SUM,
+        lanes=_LANES, full_mesh=True, hosts=_hosts(machine), links=links,
+    ).name  # fmt: skip
 
 
 def content(options: Options, rows: list[dict[str, Any]]) -> dict[str, Any]:
