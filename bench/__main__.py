@@ -63,7 +63,8 @@ In cache, beside loops that are vectorised by hand (bench/hand_loops.c) and comp
 processor has; the fastest of them counts. They do the same: integers wrap, min and max know NaN and -0, half types round once. Below
 0.75 a loop of rt's is worth looking at. In memory, beside a loop that hardly computes: 1.0 is as fast as memory is.
 
-Loops take turns; a ratio is the median over rounds of one round's ratio. mean is a sum, and is not listed.
+Loops take turns, in five sweeps over the table; a ratio is the median over the rounds of one round's ratio. mean is a sum, and is not
+listed.
 """
 
 _LIMITS = """\

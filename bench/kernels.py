@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import host
-from bench.hand_loops import UNROLLS, HandLoops, build
+from bench.hand_loops import UNROLLS, build
 from bench.measure import progress
 from rt import _fastpath
 from rt.dtypes import ITEMSIZE, DType, Op, numpy_dtype, op_supported
@@ -26,8 +26,9 @@ CACHES = {"L1": 8 << 10, "L2": 32 << 10}
 MEMORY_BYTES = 64 << 20
 DTYPES = tuple(code.name.lower() for code in DType)
 OPS = tuple(op.name.lower() for op in Op if op is not Op.MEAN)  # a mean is a sum, and a division elsewhere
-ROUNDS = 61  # many and short: a host that slows down for a moment then does so for all
-MEMORY_ROUNDS = 15
+SWEEPS = 5  # over the whole table: a neighbour on the host slows the loops down for seconds, and not all alike
+ROUNDS = 15  # per sweep
+MEMORY_ROUNDS = 3
 _SAMPLE_SECONDS = 0.15e-3
 _STREAM = (DType.INT64, Op.SUM)  # whatever the bits, an integer is no slower than another
 
@@ -104,38 +105,57 @@ def cases(ops: Sequence[str] = OPS, dtypes: Sequence[str] = DTYPES) -> list[tupl
     return [(code, op) for code, op in pairs if op_supported(code, op)]
 
 
-class Bench:
-    """The loops of both sides and the memory they run on."""
+class Memory:
+    """What the loops run on, and the loops by hand."""
 
     def __init__(self) -> None:
-        self._hands = build()
-        self._caches = {level: Arrays(nbytes) for level, nbytes in CACHES.items()}
-        self._memory = Arrays(MEMORY_BYTES)
+        self.hands = build()
+        self.levels = {level: Arrays(nbytes) for level, nbytes in {**CACHES, "memory": MEMORY_BYTES}.items()}
+        self.forms = [(hand, unroll) for hand in self.hands for unroll in UNROLLS]
 
-    def _ours(self, arrays: Arrays, code: DType, op: Op) -> Loop:
+    def ours(self, arrays: Arrays, code: DType, op: Op) -> Loop:
+        """Return rt's loop, bound to arrays."""
         found, count = _fastpath.reduce_kernel(code, op), arrays.nbytes // ITEMSIZE[code]
         assert found is not None
-        return partial(self._hands[0].repeat, found, arrays.addresses, count)
+        return partial(self.hands[0].repeat, found, arrays.addresses, count)
 
-    def _hand(self, arrays: Arrays, code: DType, op: Op, hand: HandLoops, unroll: int) -> Loop:
-        return partial(hand.repeat, hand.address(code, op, unroll), arrays.addresses, arrays.nbytes)
+    def by_hand(self, arrays: Arrays, code: DType, op: Op) -> list[Loop]:
+        """Return the loops by hand, bound to arrays, in the order of ``forms``."""
+        return [partial(hand.repeat, hand.address(code, op, unroll), arrays.addresses, arrays.nbytes) for hand, unroll in self.forms]
 
-    def row(self, code: DType, op: Op) -> dict[str, Any]:
-        """Measure one combination."""
-        row: dict[str, Any] = {"dtype": code.name.lower(), "op": op.name.lower()}
-        forms = [(hand, unroll) for hand in self._hands for unroll in UNROLLS]
-        for level, arrays in self._caches.items():
+
+class Case:
+    """One combination, and what all sweeps found: per level the seconds of rt's loop, then those of the loops beside it."""
+
+    def __init__(self, memory: Memory, code: DType, op: Op) -> None:
+        self.name = f"{op.name.lower()} of {code.name.lower()}"
+        self._memory = memory
+        self._what = code, op
+        self._took: dict[str, list[list[float]]] = {}
+
+    def sweep(self) -> None:
+        """Measure it once more, on every level."""
+        code, op = self._what
+        for level, arrays in self._memory.levels.items():
             arrays.fill(code)
-            loops = [self._ours(arrays, code, op), *(self._hand(arrays, code, op, hand, unroll) for hand, unroll in forms)]
-            ours, *hands = turns(loops, ROUNDS, _SAMPLE_SECONDS)
-            best = best_of(hands)
-            row[level] = {"bytes": arrays.nbytes, "rt": rate(arrays.nbytes, ours), "hand": rate(arrays.nbytes, hands[best]),
-                          "hand_bits": forms[best][0].bits, "hand_unroll": forms[best][1], "ratio": ratio(ours, hands[best])}  # fmt: skip
-        self._memory.fill(code)
-        stream = self._hand(self._memory, *_STREAM, self._hands[-1], max(UNROLLS))
-        ours, streamed = turns([self._ours(self._memory, code, op), stream], MEMORY_ROUNDS, 0.0)
-        row["memory"] = {"bytes": MEMORY_BYTES, "rt": rate(MEMORY_BYTES, ours), "stream": rate(MEMORY_BYTES, streamed),
-                         "ratio": ratio(ours, streamed)}  # fmt: skip
+            cached = level in CACHES
+            beside = self._memory.by_hand(arrays, code, op) if cached else self._memory.by_hand(arrays, *_STREAM)[-1:]
+            loops = [self._memory.ours(arrays, code, op), *beside]
+            found = turns(loops, ROUNDS, _SAMPLE_SECONDS) if cached else turns(loops, MEMORY_ROUNDS, 0.0)
+            for so_far, more in zip(self._took.setdefault(level, [[] for _ in loops]), found, strict=True):
+                so_far += more
+
+    def row(self) -> dict[str, Any]:
+        """Return what was found."""
+        code, op = self._what
+        row: dict[str, Any] = {"dtype": code.name.lower(), "op": op.name.lower()}
+        for level, (ours, *others) in self._took.items():
+            nbytes, best = self._memory.levels[level].nbytes, best_of(others)
+            beside = "hand" if level in CACHES else "stream"
+            row[level] = {"bytes": nbytes, "rt": rate(nbytes, ours), beside: rate(nbytes, others[best]), "ratio": ratio(ours, others[best])}
+            if level in CACHES:
+                hand, unroll = self._memory.forms[best]
+                row[level] |= {"hand_bits": hand.bits, "hand_unroll": unroll}
         return row
 
 
@@ -145,13 +165,14 @@ def run(ops: Sequence[str] = OPS, dtypes: Sequence[str] = DTYPES) -> list[dict[s
     Raises:
         BenchError: there is nothing to compare with, and why.
     """
-    bench = Bench()
-    rows = []
-    for code, op in cases(ops, dtypes):
-        progress(f"measuring {op.name.lower()} of {code.name.lower()}")
-        rows.append(bench.row(code, op))
+    memory = Memory()
+    found = [Case(memory, code, op) for code, op in cases(ops, dtypes)]
+    for sweep in range(SWEEPS):
+        for case in found:
+            progress(f"sweep {sweep + 1} of {SWEEPS}: {case.name}")
+            case.sweep()
     progress("")
-    return rows
+    return [case.row() for case in found]
 
 
 def text(rows: Sequence[dict[str, Any]]) -> str:

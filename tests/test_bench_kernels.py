@@ -78,6 +78,7 @@ def test_turns_alternate_and_count_what_is_timed() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, hands: list[hand_loops.HandLoops]) -> None:
     monkeypatch.setattr(kernels, "MEMORY_BYTES", 1 << 16)
+    monkeypatch.setattr(kernels, "SWEEPS", 2)
     monkeypatch.setattr(kernels, "ROUNDS", 1)
     monkeypatch.setattr(kernels, "MEMORY_ROUNDS", 1)
     monkeypatch.setattr(kernels, "build", lambda: hands)
