@@ -125,8 +125,8 @@ def _rt(name: str, *more: str) -> Bind:
     """Bind ``rt.NAME(x, *more, out=out)``, where ``more`` are names of attributes of the buffers."""
 
     def bind(rt: Any, buffers: Buffers) -> Bound:
-        function, arguments = getattr(rt, name), [getattr(buffers, each) for each in more]
-        return lambda: function(buffers.x, *arguments, out=buffers.out)
+        function, x, out, arguments = getattr(rt, name), buffers.x, buffers.out, [getattr(buffers, each) for each in more]
+        return lambda: function(x, *arguments, out=out)
 
     return bind
 
