@@ -45,6 +45,7 @@ class Work:
     error: Callable[[Work], BaseException] | None
     state: int
     sequence: int
+    status: int
     received: int
     def add_waiter(self, waiter: Callable[[], object]) -> bool: ...
     def remove_waiter(self, waiter: Callable[[], object]) -> None: ...
@@ -92,9 +93,9 @@ class Engine:
 
 @final
 class Reductions:
-    status: int
     def __new__(
-        cls, make: type[Work], group: Any, engine: Engine | None, identity: int, ranks: list[int], recent: list[tuple[int, bytes]]
+        cls, make: type[Work], group: Any, engine: Engine | None, identity: int, ranks: list[int], recent: list[tuple[int, bytes]],
+        ops: dict[str, Any],
     ) -> Self: ...
     def forget(self) -> None: ...
     def break_off(self, failure: Callable[..., BaseException]) -> None: ...

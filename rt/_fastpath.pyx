@@ -5,6 +5,7 @@
 #   _pool.pxi      memory of large results, used again when arrays die
 #   _program.pxi   a schedule, checked and compiled into flat arrays with its hazards
 #   _links.pxi     a link: one ordered byte stream to one peer that never blocks
+#   _shared.pxi    links through memory that two processes share
 #   _receive.pxi   incoming frames: where they land
 #   _send.pxi      outgoing frames: which goes next
 #   _works.pxi     channels, works and the rules by which progress is made

@@ -1,7 +1,11 @@
 # All-reduces that were made before: found by what lies at hand, and started in one go.
 #
-# May live here: the table of a group, and what a call does that is found in it. May not: checks, conversions and choices; a call that
-# needs one goes through rt/collectives.py, which puts what it found out into the table.
+# May live here: the table of a group, and what a call does that is found in it, a short poll for its end included. May not: conversions,
+# choices, and checks beyond the question whether arrays are plain; a call that needs more goes through rt/collectives.py, which puts what
+# it found out into the table.
+#
+# Any allocation of an object may run the collector, hence finalizers, hence another thread that changes the table. So what is needed of a
+# place is taken before objects are made, and the table is changed in one go.
 
 from asyncio import _get_running_loop as running_loop
 
@@ -15,7 +19,7 @@ cdef enum:
 
 
 cdef struct Known:
-    PyObject *op                            # NULL: a free place. Objects are kept alive by Reductions.kept
+    PyObject *op                            # one of Reductions.ops. NULL: a free place. Objects are kept alive by Reductions.kept
     PyObject *dtype
     PyObject *program
     PyObject *signature
@@ -33,29 +37,30 @@ cdef class Reductions:
         group: the group, for its works; identity: its identity, and that of the channel of its collectives.
         ranks: world rank of each of its ranks.
         recent: where the numbers and signatures of its last calls are noted, in turns.
-
-    Attributes:
-        status: the engine's answer to the last ``start``.
+        ops: the operators by name.
     """
     cdef Engine engine
     cdef object make, group
     cdef uint64_t identity
     cdef list ranks, recent, kept
+    cdef dict ops
     cdef object failure
-    cdef readonly int status
     cdef int count
     cdef Known places[KNOWN_PLACES]
 
-    def __cinit__(self, make, group, Engine engine, uint64_t identity, list ranks not None, list recent not None):
+    def __cinit__(self, make, group, Engine engine, uint64_t identity, list ranks not None, list recent not None,
+                  dict ops not None):
         self.make, self.group, self.engine, self.identity, self.ranks, self.recent = make, group, engine, identity, ranks, recent
+        self.ops = ops
         self.failure = None
         self.forget()
 
     def forget(self) -> None:
         """Empty the table: from now on every call is checked again."""
+        cdef list fresh = []
         memset(self.places, 0, sizeof(self.places))
         self.count = 0
-        self.kept = []
+        self.kept, fresh = fresh, self.kept     # what the places named goes last
 
     def break_off(self, failure) -> None:
         """Find no call any more; a work that is just being started fails with ``failure``."""
@@ -91,14 +96,14 @@ cdef class Reductions:
         cdef int i
         if type(x) is not cnp.ndarray or cnp.PyArray_NDIM(<cnp.ndarray>x) > KNOWN_DIMS:
             return
-        if self.count == KNOWN_MOST:
+        if self.count >= KNOWN_MOST:
             self.forget()
         array = <cnp.ndarray>x
-        known = self.place(<PyObject *>op, array, out is x)
-        if known.op != NULL:
-            return
-        dtype = array.dtype
+        op, dtype = self.ops[op], array.dtype
         self.kept.append((op, dtype, ready.program, ready.signature, ready.about))
+        known = self.place(<PyObject *>op, array, out is x)
+        if known.op != NULL or self.count >= KNOWN_MOST or self.failure is not None:
+            return
         known.op, known.dtype = <PyObject *>op, <PyObject *>dtype
         known.program, known.signature, known.about = <PyObject *>ready.program, <PyObject *>ready.signature, <PyObject *>ready.about
         known.in_place, known.ndim = out is x, cnp.PyArray_NDIM(array)
@@ -113,8 +118,7 @@ cdef class Reductions:
         cdef Work work
         cdef Program program
         cdef bytes signature
-        cdef PyObject *dtype
-        if type(x) is not cnp.ndarray or self.count == 0:
+        if type(x) is not cnp.ndarray or type(op) is not str or self.count == 0:
             return None
         array = <cnp.ndarray>x
         if not cnp.PyArray_ISCARRAY_RO(array) or cnp.PyArray_NDIM(array) > KNOWN_DIMS:
@@ -124,23 +128,26 @@ cdef class Reductions:
                 return None
         elif not lies_like(out, array) or out is not x and not lie_apart(out, array):
             return None
-        known = self.place(<PyObject *>op, array, out is x)
+        code = self.ops.get(op)
+        if code is None:
+            return None
+        known = self.place(<PyObject *>code, array, out is x)
         if known.op == NULL:
             return None
         program, signature = <Program>known.program, <bytes>known.signature
+        about, dtype = <object>known.about, <object>known.dtype
         work = <Work>(<PyTypeObject *>self.make).tp_new(self.make, <PyObject *>NO_ARGUMENTS, NULL)
-        work.group, work.what, work.about = self.group, what, <object>known.about
+        work.group, work.what, work.about = self.group, what, about
         work.borrows_source = True
         if out is None:
-            dtype = known.dtype
-            Py_INCREF(<object>dtype)        # taken over by the array
-            target = PyArray_NewFromDescr(&PyArray_Type, <PyArray_Descr *>dtype, cnp.PyArray_NDIM(array), cnp.PyArray_DIMS(array), NULL,
-                                          NULL, 0, NULL)
+            Py_INCREF(dtype)                # taken over by the array
+            target = PyArray_NewFromDescr(&PyArray_Type, <PyArray_Descr *><PyObject *>dtype, cnp.PyArray_NDIM(array),
+                                          cnp.PyArray_DIMS(array), NULL, NULL, 0, NULL)
         else:
             target = <cnp.ndarray>out
             work.borrows_target = True
         work.result = target
-        self.status = self.engine.submit(work, program, self.identity, self.identity, signature, self.ranks, <int>len(self.ranks), array,
+        work.status = self.engine.submit(work, program, self.identity, self.identity, signature, self.ranks, <int>len(self.ranks), array,
                                          target, budget)
         self.recent[work.sequence % len(self.recent)] = (work.sequence, signature)
         if self.failure is not None and work.state == STATE_FLYING:
@@ -155,16 +162,19 @@ cdef class Reductions:
         if running_loop() is not None:
             return None
         work = self.start(x, op, out, what, BLOCKING_BUDGET)
-        if work is None or work.state != STATE_FLYING or spin <= 0 or not self.engine.core.shared_count:
+        if work is None or work.state != STATE_FLYING:
             return work
         try:
-            until = rt_now() + spin
-            while found and work.state == STATE_FLYING:
-                found = self.engine.watch(until)
-                self.engine.advance(BLOCKING_BUDGET, found != NEWS_IN_MEMORY)
+            if spin > 0 and self.engine.core.shared_count:
+                until = rt_now() + spin
+                while found and work.state == STATE_FLYING and rt_now() < until:
+                    found = self.engine.watch(until)
+                    self.engine.advance(BLOCKING_BUDGET, found != NEWS_IN_MEMORY)
+            PyErr_CheckSignals()            # here, where the caller's memory can still be given back
         except BaseException:
             work.give_back()
             raise
-        if self.engine.core.active_count:
-            self.engine.wake()              # what one thread leaves undone another may be waiting for
+        finally:
+            if self.engine.core.active_count:
+                self.engine.wake()          # what one thread leaves undone another may be waiting for
         return work

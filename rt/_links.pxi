@@ -1,7 +1,7 @@
 # A link: one ordered byte stream to one peer, that never blocks.
 #
 # May live here: how bytes are moved through a socket or through a Python object, and how links are made and closed. May not: frames
-# (_wire.pxi), configuration of sockets (transports/).
+# (_receive.pxi, _send.pxi), configuration of sockets (transports/).
 #
 # The contract of send and recv: move what can be moved now and return the number of bytes; -EAGAIN if that is none; another negative
 # errno if the link is broken; recv returns 0 at the end of the stream.

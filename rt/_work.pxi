@@ -1,7 +1,7 @@
 # The Python face of a work.
 #
-# May live here: what ties a WorkState to its owner (memory, outcome, who waits), and giving the caller's memory back early. May not:
-# how one waits; the drivers (rt.aio, rt.sync) know that.
+# May live here: what ties a WorkState to its owner (memory, outcome, who waits), giving the caller's memory back early, and the inner loops
+# of waiting. May not: what the drivers (rt.aio, rt.sync) know about loops, threads and timeouts.
 
 cdef class Work:
     """A collective in flight: its memory, its outcome, and who is to be told.
@@ -16,6 +16,7 @@ cdef class Work:
         error: callable that makes the exception of a failed work from the work.
         state: FLYING, DONE or FAILED.
         sequence: number of the work in its channel.
+        status: the engine's answer when it was submitted.
         received: bytes that had come for it when it failed.
     """
     cdef WorkState *work
@@ -32,6 +33,7 @@ cdef class Work:
     cdef public object error
     cdef readonly int state
     cdef readonly uint32_t sequence
+    cdef public int status
     cdef readonly Py_ssize_t received
     cdef list waiters
     cdef object __weakref__

@@ -172,7 +172,7 @@ class Work(_fastpath.Work):
     def _give_back(self) -> Generator[None, None, None]:
         engine = self.group.engine
         source, target = self.source, self.target
-        if engine is None or self.state != _fastpath.FLYING:
+        if engine is None or self.state != _fastpath.FLYING or (source is None and target is None):
             return
         shared = self.borrows_source and self.borrows_target and np.may_share_memory(source, target)
         if self.borrows_source and not shared:

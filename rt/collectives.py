@@ -24,7 +24,7 @@ def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_red
     # The call that servers make all day: to check and describe it takes longer than to carry it out.
     known: Work | None = group.reductions.start(x, op, out, what, BUDGET_BYTES)
     if known is not None:
-        group.follow(group.reductions.status)
+        group.follow(known.status)
         return known
     code = _operator(op)
     if isinstance(x, (list, tuple)):
@@ -43,7 +43,8 @@ def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_red
     check_op(dtype, code, what)
     call = Call(Collective.ALL_REDUCE, dtype, code, array.shape, array.size, alias=alias)
     group.submit(what, call, array, target, work)
-    if array is x and (target is x) == (alias is not None):
+    # What another thread did to x meanwhile must not be remembered.
+    if array is x and (target is x) == (alias is not None) and (x.shape, x.dtype) == (target.shape, target.dtype):
         group.reductions.remember(x, op, target, group.ready(call))
     return work
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rt import _fastpath
 from rt.aio import BUDGET_BYTES, LoopDriver, Work
-from rt.dtypes import ITEMSIZE, DType, Op
+from rt.dtypes import ITEMSIZE, OPS, DType, Op
 from rt.errors import GroupBrokenError, GroupClosedError, RTError
 from rt.schedule import Collective
 
@@ -112,7 +112,7 @@ class CoreGroup:
         self.object_orders: dict[tuple[Any, ...], Order] = {}
         self._plans: dict[Call, Ready] = {}
         self._recent: list[tuple[int, bytes]] = [(-1, b"")] * _RECENT
-        self.reductions = _fastpath.Reductions(Work, self, self.engine, identity, self.ranks, self._recent)
+        self.reductions = _fastpath.Reductions(Work, self, self.engine, identity, self.ranks, self._recent, OPS)
         if self.engine is not None and world is not None:
             pairs = set(itertools.combinations(sorted(self.ranks), 2))
             self.full_mesh = pairs <= world.direct
@@ -131,14 +131,18 @@ class CoreGroup:
         work.about = ready.about
         if self.failure is not None:
             raise self.failure(work, True)
-        status = self.engine.submit(
-            work, ready.program, self.identity, ready.channel, ready.signature, self.ranks, self.size, source, target, budget
-        )
-        if ready.channel == self.identity:
-            self._recent[work.sequence % _RECENT] = (work.sequence, ready.signature[: _SIGNATURE.size])
-        if self.failure is not None and work.state == _fastpath.FLYING:
-            self.engine.break_group(self.identity, self.failure)  # it broke between the two lines above
-        self.follow(status)
+        try:
+            status = self.engine.submit(
+                work, ready.program, self.identity, ready.channel, ready.signature, self.ranks, self.size, source, target, budget
+            )
+            if ready.channel == self.identity:
+                self._recent[work.sequence % _RECENT] = (work.sequence, ready.signature[: _SIGNATURE.size])
+            if self.failure is not None and work.state == _fastpath.FLYING:
+                self.engine.break_group(self.identity, self.failure)  # it broke between the two lines above
+            self.follow(status)
+        except BaseException:  # Ctrl-C: nobody will wait for it
+            work.give_back()
+            raise
 
     def follow(self, status: int) -> None:
         """Have the running loop, if there is one, do what the engine's answer to a submit asks for."""
