@@ -15,7 +15,23 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import fused, idle, imports, job, kernels, limits, local, loop_lag, measure, options, options_simulate, report, simulate, tune
+from bench import (
+    fused,
+    here,
+    idle,
+    imports,
+    job,
+    kernels,
+    limits,
+    local,
+    loop_lag,
+    measure,
+    options,
+    options_simulate,
+    report,
+    simulate,
+    tune,
+)
 from bench.collectives import COLLECTIVES
 from bench.meeting import BenchError, require
 from rt.errors import ConfigError
@@ -212,6 +228,19 @@ def _run_collective(arguments: argparse.Namespace) -> tuple[str, Any, int] | Non
     return text, report.as_json(result, started, stats=arguments.stats), 1 if result.wrong else 0
 
 
+def _run_simulate(arguments: argparse.Namespace) -> tuple[str, Any, int]:
+    if arguments.here:
+        found = here.run(*options_simulate.here(arguments))
+        return here.text(found), found, 0
+    wanted = options_simulate.options(arguments)
+    if arguments.plot:
+        from bench import plot_simulate  # now: matplotlib may be missing, and that should not be found out at the end
+    rows = simulate.run(wanted)
+    if arguments.plot:
+        plot_simulate.draw(wanted, [*simulate.over_hosts(wanted), (wanted.machine.hosts, rows)], Path(arguments.plot))
+    return simulate.text(wanted, rows), simulate.content(wanted, rows), 0
+
+
 def run(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
     """Run one command; return its text, its content for JSON and the exit code, or None where another rank of the job tells."""
     if arguments.command in COLLECTIVES:
@@ -236,9 +265,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
     if arguments.command == "tune":
         return _tune(arguments)
     if arguments.command == "simulate":
-        wanted = options_simulate.options(arguments)
-        rows = simulate.run(wanted)
-        return simulate.text(wanted, rows), simulate.content(wanted, rows), 0
+        return _run_simulate(arguments)
     rows = imports.run()
     return imports.text(rows), rows, 0
 

@@ -6,42 +6,35 @@ large one is made small (``fold.py``), this host's numbers (``here.py``).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 from bench import fold
 from bench.fold import ITEMSIZE, Make
+from bench.host import cores
 from bench.measure import progress
 from bench.simulator import Link, Machine
 from rt import algorithms, algorithms_exchange, algorithms_hierarchy, algorithms_move
 from rt.choose import choose
 from rt.dtypes import DType, Op
-from rt.schedule import Collective, Schedule
+from rt.schedule import Collective
 
 _LANES = 1
+_ALONE_RANKS = 256  # above, all cores simulate: starting their interpreters takes half a second
 _RING_BYTES, _SOCKET_BYTES = 1 << 20, 4 << 20
 _PIECE_BYTES, _SEGMENT_BYTES = 1 << 15, 1 << 16
 _LOCAL_FRAME_SECONDS, _NETWORK_FRAME_SECONDS = 0.3e-6, 2e-6
 _WAKE_SECONDS = 5e-6
 
-
-def _hierarchy(rank: int, machine: Machine, count: int) -> Schedule:
-    """Return what ``rt`` makes of it: rings of one rank per host, or a plain ring where there is nothing to layer."""
-    if 1 < machine.hosts < machine.size:
-        return algorithms_hierarchy.all_reduce(rank, _hosts(machine), count, _LANES, ITEMSIZE)
-    return algorithms.ring_all_reduce(rank, machine.size, count, _LANES, ITEMSIZE)
-
-
-def _hosts(machine: Machine) -> list[int]:
-    return [rank // machine.ranks_per_host for rank in range(machine.size)]
-
-
 ALGORITHMS: dict[str, dict[str, Make]] = {
     "all_reduce": {
         "doubling": lambda rank, machine, count: algorithms.doubling_all_reduce(rank, machine.size, count),
         "owner": lambda rank, machine, count: algorithms.owner_all_reduce(rank, machine.size, count, _LANES, ITEMSIZE),
-        "hierarchy": _hierarchy,
+        "hierarchy": lambda rank, machine, count: algorithms_hierarchy.all_reduce(rank, _hosts(machine), count, _LANES, ITEMSIZE),
         "ring": lambda rank, machine, count: algorithms.ring_all_reduce(rank, machine.size, count, _LANES, ITEMSIZE),
     },
     "all_gather": {
@@ -59,6 +52,16 @@ ALGORITHMS: dict[str, dict[str, Make]] = {
     },
 }  # fmt: skip
 _KINDS = {name: Collective[name.upper()] for name in ALGORITHMS}
+
+
+def usable(machine: Machine, collective: str) -> tuple[str, ...]:
+    """Return the algorithms that such a machine can run: a hierarchy needs several hosts, and several ranks on each."""
+    layered = machine.hosts > 1 and machine.ranks_per_host > 1
+    return tuple(name for name in ALGORITHMS[collective] if layered or name != "hierarchy")
+
+
+def _hosts(machine: Machine) -> tuple[int, ...]:
+    return tuple(rank // machine.ranks_per_host for rank in range(machine.size))
 
 
 def _blocks(machine: Machine, count: int) -> list[int]:
@@ -83,35 +86,52 @@ def machine(
     copy, reduce = 1 / local_bandwidth, 1 / reduce_bandwidth
     local = Link(local_latency, copy, copy, reduce, _LOCAL_FRAME_SECONDS, _PIECE_BYTES, _RING_BYTES)
     network = Link(latency, copy, copy, reduce, _NETWORK_FRAME_SECONDS, _SEGMENT_BYTES, _SOCKET_BYTES)
-    return Machine(hosts, ranks_per_host, cores or ranks_per_host, bandwidth, local, network, 0.0, _WAKE_SECONDS)
+    return Machine(hosts, ranks_per_host, cores or ranks_per_host, bandwidth, local, network, _WAKE_SECONDS)
 
 
 def run(options: Options) -> list[dict[str, Any]]:
     """Simulate every algorithm at every size; return one row per size, times in seconds (None: no way to find out)."""
-    rows = []
-    for nbytes in options.sizes:
-        count = nbytes // ITEMSIZE
-        found = {}
-        for name in options.algorithms:
-            progress(f"simulating {options.collective}, {options.machine.size} ranks, {nbytes} bytes: {name}")
-            found[name] = fold.seconds(ALGORITHMS[options.collective][name], options.machine, count)
-        times = {name: each.seconds for name, each in found.items() if each is not None}
-        rows.append({
-            "bytes": nbytes, "times": {name: times.get(name) for name in found}, "best": min(times, key=times.__getitem__, default=None),
-            "chosen": chosen(options.collective, options.machine, count),
-            "ways": {name: each.way for name, each in found.items() if each is not None},
-        })  # fmt: skip
+    found: dict[int, dict[str, fold.Found | None]] = {nbytes: {} for nbytes in options.sizes}
+    tasks = [(options.collective, name, options.machine, nbytes) for nbytes in options.sizes for name in options.algorithms]
+    with contextlib.ExitStack() as stack:
+        each: Iterator[fold.Found | None] = map(_one, tasks)
+        if options.machine.size > _ALONE_RANKS:
+            # Not forked: a program that calls this may have threads.
+            each = stack.enter_context(ProcessPoolExecutor(cores(), get_context("spawn"))).map(_one, tasks)
+        for collective, name, machine, nbytes in tasks:
+            progress(f"simulating {collective}, {machine.hosts} hosts x {machine.ranks_per_host} ranks, {nbytes} bytes: {name}")
+            found[nbytes][name] = next(each)
     progress("")
-    return rows
+    return [_row(options, nbytes, found[nbytes]) for nbytes in options.sizes]
+
+
+def _one(task: tuple[str, str, Machine, int]) -> fold.Found | None:
+    collective, name, machine, nbytes = task
+    return fold.seconds(ALGORITHMS[collective][name], machine, nbytes // ITEMSIZE)
+
+
+def _row(options: Options, nbytes: int, found: dict[str, fold.Found | None]) -> dict[str, Any]:
+    times = {name: each.seconds for name, each in found.items() if each is not None}
+    return {
+        "bytes": nbytes, "times": {name: times.get(name) for name in found}, "best": min(times, key=times.__getitem__, default=None),
+        "chosen": chosen(options.collective, options.machine, nbytes // ITEMSIZE),
+        "ways": {name: each.way for name, each in found.items() if each is not None},
+    }  # fmt: skip
+
+
+def over_hosts(options: Options) -> list[tuple[int, list[dict[str, Any]]]]:
+    """Simulate the same on 2, 4, 8, ... hosts up to those asked for; return hosts and rows."""
+    numbers = [1 << power for power in range(1, options.machine.hosts.bit_length()) if 1 << power < options.machine.hosts]
+    return [(hosts, run(dataclasses.replace(options, machine=dataclasses.replace(options.machine, hosts=hosts)))) for hosts in numbers]
 
 
 def chosen(collective: str, machine: Machine, count: int) -> str:
     """Return the name of the algorithm that ``rt`` takes, where all pairs of ranks are connected."""
-    size = machine.size
+    each = count if collective == "all_reduce" else count // machine.size
     links = "tcp" if machine.ranks_per_host == 1 else "shm" if machine.hosts == 1 else "mixed"
     return choose(
-        _KINDS[collective], rank=0, size=size, count=count if collective == "all_reduce" else count // size, dtype=DType.FLOAT32, op=Op.SUM,
-        lanes=_LANES, full_mesh=True, hosts=_hosts(machine), links=links,
+        _KINDS[collective], rank=0, size=machine.size, count=each, dtype=DType.FLOAT32, op=Op.SUM, lanes=_LANES, full_mesh=True,
+        hosts=_hosts(machine), links=links,
     ).name  # fmt: skip
 
 

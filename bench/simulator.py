@@ -62,7 +62,6 @@ class Machine:
         cores: of each host.
         bandwidth: bytes per second of a host's interface, in each direction.
         local, network: links within a host and between hosts.
-        call: seconds that every rank spends on a call before and after what is simulated.
         wake: seconds until a rank runs that gave its core up, where ranks are more than cores; where not, they poll, or the links' latency
             says what waking them costs.
     """
@@ -73,7 +72,6 @@ class Machine:
     bandwidth: float
     local: Link
     network: Link
-    call: float
     wake: float
 
     @property
@@ -187,7 +185,7 @@ class Simulation:
         stuck = [rank for rank, state in self.ranks.items() if state.left]
         if stuck:
             raise Deadlock(f"ranks {stuck[:8]} wait for each other")
-        return max(state.finished for state in self.ranks.values()) + self.machine.call
+        return max(state.finished for state in self.ranks.values())
 
     def _at(self, when: float, act: Callable[..., None], argument: Any) -> None:
         self._number += 1  # events of one moment happen in the order in which they were caused

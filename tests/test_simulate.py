@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import __main__ as command_line
-from bench import fold, simulate, symmetry
+from bench import fold, simulate, streams, symmetry
 from bench.program import compiled
 from bench.simulate import ALGORITHMS
 from bench.simulator import Deadlock, Link, Machine, Simulation
-from rt import _fastpath, algorithms_move
+from rt import _fastpath
 from rt.algorithms_move import Span, recv_step, send_step
 from rt.dtypes import DType, Op
 from rt.schedule import INPUT, OUTPUT, Schedule, Step
 
+hierarchy = ALGORITHMS["all_reduce"]["hierarchy"]
 FREE = Link(0.0, 0.0, 0.0, 0.0, 0.0, 1 << 16, 1 << 22)
 LATENCY, BANDWIDTH = 20e-6, 12.5e9
 EVERY = [(collective, name) for collective, known in ALGORITHMS.items() for name in known]
@@ -36,38 +40,12 @@ def cluster(hosts: int, per_host: int = 1, *, cores: int | None = None, **change
 
 def wires(hosts: int) -> Machine:
     """A machine of which only the network costs anything."""
-    return Machine(hosts, 1, 1, BANDWIDTH, FREE, dataclasses.replace(FREE, latency=LATENCY), 0.0, 0.0)
+    return Machine(hosts, 1, 1, BANDWIDTH, FREE, dataclasses.replace(FREE, latency=LATENCY), 0.0)
 
 
 def all_ranks(make: fold.Make, machine: Machine, count: int) -> float:
     case = fold.Case(make, machine, count)
     return Simulation(machine, {rank: case.program(rank) for rank in range(machine.size)}, symmetry.alone).run()
-
-
-def hierarchy(rank: int, machine: Machine, count: int) -> Schedule:
-    """All-reduce in three phases: reduce-scatter within the host, a ring per local rank between hosts, all-gather within the host."""
-    per_host, hosts = machine.ranks_per_host, machine.hosts
-    first = rank // per_host * per_host
-    mates = [first + local for local in range(per_host)]
-    blocks = Span(INPUT, 0, count).split(per_host)
-    mine = blocks[rank - first].on(OUTPUT)
-    steps = [send_step(mate, 0, blocks[mate - first]) for mate in mates if mate != rank]
-    own = blocks[rank - first]
-    for mate in mates:
-        if mate != rank:
-            steps.append(simulate.algorithms.meet(mate, 0, own, mine, left=mate < rank))
-            own = mine
-    chunks = mine.split(hosts)
-    host = rank // per_host
-    ahead, behind = (rank + per_host) % machine.size, (rank - per_host) % machine.size
-    for hop in range(2 * (hosts - 1)):
-        sent, met = chunks[(host - hop) % hosts], chunks[(host - hop - 1) % hosts]
-        steps.append(send_step(ahead, 0, sent))
-        reducing = hop < hosts - 1
-        steps.append(simulate.algorithms.meet(behind, 0, met, met, left=behind < rank) if reducing else recv_step(behind, 0, met))
-    steps += [send_step(mate, 0, mine) for mate in mates if mate != rank]
-    steps += [recv_step(mate, 0, blocks[mate - first].on(OUTPUT)) for mate in mates if mate != rank]
-    return algorithms_move.schedule("hierarchy", steps)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------------------------
@@ -79,10 +57,11 @@ def reaches(waits: dict[int, set[int]], later: int, earlier: int) -> bool:
 
 
 @pytest.mark.parametrize(("collective", "name"), EVERY)
-@pytest.mark.parametrize("size", [2, 5, 8])
-def test_a_program_waits_for_what_the_engine_waits_for(collective: str, name: str, size: int) -> None:
+@pytest.mark.parametrize("hosts", [2, 3, 4])
+def test_a_program_waits_for_what_the_engine_waits_for(collective: str, name: str, hosts: int) -> None:
+    size = 2 * hosts
     for rank in range(size):
-        schedule = ALGORITHMS[collective][name](rank, cluster(size), 100 * size)
+        schedule = ALGORITHMS[collective][name](rank, cluster(hosts, 2), 100 * size)
         program = compiled(schedule, 4)
         links = [int(peer != rank) for peer in range(size)]
         theirs = {(i, j): delta * 4 for i, j, delta in _fastpath.Program(schedule, DType.FLOAT32, Op.SUM, links).dependencies}
@@ -127,7 +106,7 @@ def test_large_ring_fills_the_wire(size: int) -> None:
 def test_ranks_of_a_host_share_its_interface() -> None:
     nbytes = 64 << 20
     one, four = (
-        Machine(2, per_host, per_host, BANDWIDTH, FREE, dataclasses.replace(FREE, latency=LATENCY), 0.0, 0.0) for per_host in (1, 4)
+        Machine(2, per_host, per_host, BANDWIDTH, FREE, dataclasses.replace(FREE, latency=LATENCY), 0.0) for per_host in (1, 4)
     )
     times = [all_ranks(ALGORITHMS["all_to_all"]["direct"], machine, nbytes // 4) for machine in (one, four)]
     # Each rank sends half of its bytes across, whatever their number; four ranks are four times as many bytes.
@@ -139,7 +118,7 @@ def test_a_core_does_one_thing_at_a_time() -> None:
     nbytes = 16 << 20
     copy = 1 / 10e9
     link = Link(0.0, copy, copy, copy, 0.0, 1 << 15, 1 << 20)
-    two, one = (Machine(1, 2, cores, BANDWIDTH, link, link, 0.0, 0.0) for cores in (2, 1))
+    two, one = (Machine(1, 2, cores, BANDWIDTH, link, link, 0.0) for cores in (2, 1))
     times = [all_ranks(ALGORITHMS["all_reduce"]["ring"], machine, nbytes // 4) for machine in (two, one)]
     # Each rank writes as many bytes as x has, and receives as many.
     assert times[0] == pytest.approx(2 * nbytes * copy, rel=0.05)
@@ -173,6 +152,8 @@ def test_ranks_that_wait_for_each_other_are_named() -> None:
 def test_every_algorithm_ends_and_no_part_of_the_machine_is_free(
     collective: str, name: str, hosts: int, per_host: int, cores: int
 ) -> None:
+    if name not in simulate.usable(cluster(hosts, per_host), collective):
+        pytest.skip("a hierarchy of one level")
     make = ALGORITHMS[collective][name]
     worse = {"local_bandwidth": 5e9}
     if hosts > 1:
@@ -210,7 +191,7 @@ def test_one_host_stands_for_all(make: fold.Make, expected: str | None, hosts: i
     case = fold.Case(make, machine, count)
     found = symmetry.find(case.program, hosts, per_host)
     if make is hierarchy and per_host == 1:
-        expected = "turn"
+        pytest.skip("a hierarchy of one level")
     assert (found and found[0].name) == expected
     if expected:
         one = fold._one_host(case, float("inf"))
@@ -232,8 +213,8 @@ def test_ranks_that_do_not_do_the_same_are_no_symmetry() -> None:
     ("make", "tolerance"),
     [
         pytest.param(ALGORITHMS["all_reduce"]["ring"], 0.02, id="ring"),
-        # Whether a rank copies within its host while a hop waits for it is a matter of luck, and more hosts have more of it.
-        pytest.param(hierarchy, 0.2, id="hierarchy"),
+        # Whether a rank copies within its host while a hop waits for it is luck: one host more may take a quarter more time or less.
+        pytest.param(hierarchy, 0.35, id="hierarchy"),
         pytest.param(ALGORITHMS["all_reduce"]["owner"], 0.02, id="owner"),
     ],
 )
@@ -242,6 +223,8 @@ def test_ranks_that_do_not_do_the_same_are_no_symmetry() -> None:
 def test_folding_gives_the_time_of_all_ranks(
     make: fold.Make, tolerance: float, hosts: int, per_host: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if make is hierarchy and per_host == 1:
+        pytest.skip("a hierarchy of one level")
     monkeypatch.setattr(fold, "_FOLDED_HOSTS", 20)
     monkeypatch.setattr(fold, "_FOLDED_RANKS", 32)
     case = fold.Case(make, cluster(hosts, per_host), chunk * hosts * per_host)
@@ -274,20 +257,13 @@ def test_times_that_lie_on_no_line_are_not_followed() -> None:
 # --- the command ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_algorithm_is_added_by_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(ALGORITHMS["all_reduce"], "hierarchy", hierarchy)
-    assert command_line.main("simulate --hosts 64 --ranks-per-host 8 -b 16M -e 16M".split()) == 0
-    shown = capsys.readouterr().out
-    assert "hierarchy*" not in shown and " hierarchy " in shown
-
-
 @pytest.mark.timeout(110)
 def test_a_thousand_hosts_are_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "found.json"
     words = "simulate --hosts 1024 --ranks-per-host 8 --latency 20e-6 --bandwidth 12.5e9 -b 64K -e 1G -f 16384 --json"
     assert command_line.main([*words.split(), str(target)]) == 0
     small, large = json.loads(target.read_text())["rows"]
-    assert small["best"] == "doubling" and large["best"] == large["chosen"] == "hierarchy"
+    assert small["best"] == "doubling" and large["best"] == "hierarchy"
     assert all(row["times"][name] > 0 for row in (small, large) for name in ALGORITHMS["all_reduce"])
     assert large["times"]["ring"] > 2 * (1 << 30) / 12.5e9  # the bytes that pass each interface
     shown = capsys.readouterr().out
@@ -312,7 +288,12 @@ def test_what_cannot_be_found_out_is_a_dash(capsys: pytest.CaptureFixture[str]) 
         ("-b 1 -e 3", "expected at least 4"),
         ("--collective all_gather --hosts 4 -e 15", "leaves no float32 for each of 4: expected at least 16"),
         ("--collective broadcast", "invalid choice"),
-        ("--collective all_gather --algorithm owner", "all_gather has no owner; it has direct, ring"),
+        ("--collective all_gather --algorithm owner", "all_gather of 8 x 1 ranks has no owner; it has direct, ring"),
+        ("--algorithm hierarchy", "all_reduce of 8 x 1 ranks has no hierarchy; it has doubling, owner, ring"),
+        ("-n 4", "-n: found it without --here, expected --hosts and --ranks-per-host"),
+        ("--here --hosts 2", "--hosts: found it beside --here, which measures all_reduce on this host"),
+        ("--here --plot F.png", "--plot: found it beside --here"),
+        ("--here -n 1", "expected an integer of at least 2"),
         ("--algorithm best", "'best' is unknown; known: doubling"),
         ("-f 2 -i 64", "not allowed with"),
     ],
@@ -333,3 +314,62 @@ def test_sizes_and_what_rt_takes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_steps_are_those_of_rt() -> None:
     step = ALGORITHMS["all_reduce"]["ring"](0, cluster(2), 8).steps[0]
     assert isinstance(step, Step) and step == simulate.algorithms.ring_all_reduce(0, 2, 8, 1, 4).steps[0]
+
+
+def test_a_picture_is_drawn_over_hosts_and_sizes(tmp_path: Path) -> None:
+    target = tmp_path / "found.png"
+    assert command_line.main(["simulate", "--hosts", "5", "--ranks-per-host", "2", "-e", "64K", "--plot", str(target)]) == 0
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def test_processes_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = simulate.Options(cluster(4, 2), "all_reduce", ("ring", "hierarchy"), [1024, 65536])
+    alone = simulate.run(wanted)
+    monkeypatch.setattr(simulate, "_ALONE_RANKS", 1)
+    assert simulate.run(wanted) == alone
+
+
+# --- against this host ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shm", ["0", "1"])
+def test_the_model_is_held_against_real_calls(
+    shm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RT_SHM", shm)
+    monkeypatch.setattr("bench.measure._SIZE_SECONDS", 0.01)
+    target = tmp_path / "found.json"
+    assert command_line.main(["simulate", "--here", "-n", "3", "-b", "64K", "-e", "1M", "-f", "16", "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert (found["ranks"], found["links"]) == (3, "shm" if shm == "1" else "tcp")
+    assert [(row["bytes"], row["algorithm"], len(row["rounds"])) for row in found["rows"]] == [(65536, "owner", 5), (1 << 20, "ring", 5)]
+    for row in found["rows"]:
+        for each in row["rounds"]:
+            assert each["modelled"] / each["measured"] == pytest.approx(each["ratio"])
+            assert min(each["send"], each["receive"], each["reduce"], each["call"]) > 0
+    assert "3 ranks, blocking, over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
+def test_streams_pass_on_whole_pieces_and_add(kind: str) -> None:
+    here, there = socket.socketpair()
+    with tempfile.NamedTemporaryFile() as file, here, there:
+        file.truncate(streams.stride())
+        link: streams.Memory | streams.Sockets
+        if kind == "shm":
+            link = streams.Memory(file.name, 0, 1)  # alone in the circle: its own right and left
+        else:
+            link = streams.Sockets(here, there)
+        piece = np.arange(link.piece // 4, dtype=np.float32)
+        got = np.zeros_like(piece)
+        for operand, expected in ((None, piece), (piece, 2 * piece)):
+            assert link.receive(got, operand) == 0.0
+            sent = received = 0.0
+            while not received:
+                sent = sent or link.send(piece)
+                received = link.receive(got, operand)
+            assert sent > 0 and np.array_equal(got, expected)
+
+
+def test_pieces_that_were_interrupted_do_not_count() -> None:
+    assert streams.per_byte([(100, 3e-6), (100, 3e-6), (100, 5e-6), (100, 900e-6)], 1e-6) == pytest.approx((2 + 2 + 4) / 300 * 1e-6)
