@@ -342,6 +342,8 @@ cdef void take_events(Core *core) noexcept nogil:
             link = core.links[ready[i].token - 1]
             if link.shared:
                 ring_answer(link)
+                if ready[i].flags & RT_POLL_HUP:        # it may lie behind a byte that wakes, and no other edge will tell
+                    link.hangup = True
                 continue
             if ready[i].flags & RT_POLL_READ:
                 link.readable = True

@@ -157,9 +157,10 @@ def test_control_c_on_a_terminal(script: Path) -> None:
 def test_in_the_background_the_terminal_is_not_ours(script: Path, tmp_path: Path) -> None:
     """The launcher neither stops (as whoever reads the terminal from the background does) nor takes what is typed for others."""
     done = tmp_path / "done"
-    os.mkfifo(done)
-    script.write_text(PREAMBLE + f"print('ready')\nopen({str(done)!r}).read()")
-    shell = f'set -m; "$@" & read word; echo read $word; echo > {done}; wait $!; echo code $?'
+    for rank in range(2):  # one each: opening waits for the other end, and a pipe with two readers lets go when the first is there
+        os.mkfifo(f"{done}{rank}")
+    script.write_text(PREAMBLE + f"print('ready')\nopen({str(done)!r} + str(rank)).read()")
+    shell = f'set -m; "$@" & read word; echo read $word; echo > {done}0; echo > {done}1; wait $!; echo code $?'
     with Terminal("bash", "-c", shell, "bash", *launcher("-n", "2", str(script))) as terminal:
         terminal.until("ready", 2)
         terminal.type("mine\n")
