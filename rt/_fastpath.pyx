@@ -64,6 +64,7 @@ cdef extern from "_poll.h" nogil:
 
 cdef extern from "_ring.h" nogil:
     int RT_RING_HEAD_BYTES, RT_RING_UNIT
+    enum: RT_RING_PIECE
     ctypedef struct rt_ring:
         uint64_t at
         uint64_t capacity
@@ -75,6 +76,7 @@ cdef extern from "_ring.h" nogil:
     int64_t rt_ring_held(rt_ring *ring)
     int64_t rt_ring_peek(rt_ring *ring, const char **data)
     void rt_ring_put(rt_ring *ring, const char *source, size_t nbytes)
+    void rt_ring_put_piece(rt_ring *ring, const char *source)
     int rt_ring_publish(rt_ring *ring)
     void rt_ring_consume(rt_ring *ring, size_t nbytes)
     int rt_ring_writer_waits(rt_ring *ring)
@@ -153,7 +155,7 @@ cdef enum:
     # Sent in one frame: with its header just under four segments of the loopback interface (65483 bytes). A frame a little larger ends
     # in a segment of a few bytes that costs as much as a full one: 64 MiB between two ranks took 31.6 ms instead of 27.7.
     FRAME_SENT = 261904
-    PIECE_BYTES = 32768      # of a ring: written before it is shown, read before its room is given back
+    PIECE_BYTES = RT_RING_PIECE      # of a ring: written before it is shown, read before its room is given back
     YIELDS = 10              # rounds of letting others run before a sleep, where cores are scarce
     STAGE_BYTES = 4096       # read ahead of the current payload: small frames cost one system call, large ones a copy of 1.6 %
     EAGER_MOST = 65536 + 96  # bytes per channel and link that may be sent before the peer's OPEN: 64 KiB, its header and an OPEN

@@ -52,7 +52,10 @@ cdef ssize_t ring_send(Link *link, iovec *parts, int count) noexcept nogil:
             piece = PIECE_BYTES - <size_t>(link.tx.at % PIECE_BYTES)
             if piece > nbytes:
                 piece = nbytes
-            rt_ring_put(&link.tx, source, piece)
+            if piece == PIECE_BYTES:
+                rt_ring_put_piece(&link.tx, source)
+            else:
+                rt_ring_put(&link.tx, source, piece)
             source += piece
             nbytes -= piece
             if link.tx.at % PIECE_BYTES == 0 and rt_ring_publish(&link.tx):

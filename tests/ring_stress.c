@@ -2,6 +2,8 @@
  *
  * May live here: the stress that test_ring.py compiles with ThreadSanitizer. May not: frames, processes.
  *
+ * With a CAPACITY of at least RT_RING_PIECE, whole pieces are written too, half of them past the caches.
+ *
  * Usage: ring_stress BYTES SEED. Both sleep as engines do: they say so, look once more, and wait for a byte in a pipe. Exit status 0: all
  * is well; 1: wrong data or an impossible position; 2: nobody was woken for ten seconds. ThreadSanitizer has its own.
  */
@@ -13,13 +15,17 @@
 
 #include "_ring.h"
 
-enum { CAPACITY = 4096, PATIENCE_MS = 10000 };
+#ifndef CAPACITY
+#define CAPACITY 4096
+#endif
+enum { PATIENCE_MS = 10000 };
 
 static _Alignas(128) char memory[RT_RING_HEAD_BYTES + CAPACITY];
 static uint64_t total;
 static unsigned seed;
 static int to_reader[2], to_writer[2];
 static uint64_t slept[2];
+static uint64_t past;
 
 static void fail(int status, const char *what)
 {
@@ -65,13 +71,21 @@ static void *writer(void *unused)
             continue;
         }
         uint64_t count = 1 + rand_r(&dice) % (rand_r(&dice) % 4 ? 40 : CAPACITY);
+        uint64_t to_piece = RT_RING_PIECE - ring.at % RT_RING_PIECE;
+        if (count > to_piece || (CAPACITY >= RT_RING_PIECE && rand_r(&dice) % 4 == 0))
+            count = to_piece;
         if (count > (uint64_t)room)
             count = (uint64_t)room;
         if (count > total - ring.at)
             count = total - ring.at;
         for (uint64_t i = 0; i < count; i++)
             piece[i] = byte_at(ring.at + i);
-        rt_ring_put(&ring, piece, count);
+        if (count == RT_RING_PIECE) {
+            ring.past = rand_r(&dice) % 2;
+            past += ring.past;
+            rt_ring_put_piece(&ring, piece);
+        } else
+            rt_ring_put(&ring, piece, count);
         if (rt_ring_publish(&ring))
             ring_bell(to_reader[1]);
     }
@@ -109,9 +123,36 @@ static void *reader(void *unused)
     return NULL;
 }
 
+/* By the fastest of so many pieces, and asked again after those that were written past the caches. */
+static void verdicts(void)
+{
+    rt_ring ring;
+    static _Alignas(128) char other[RT_RING_HEAD_BYTES + 2 * RT_RING_PIECE];
+    static char piece[RT_RING_PIECE];
+    rt_ring_open(&ring, other, 2 * RT_RING_PIECE);
+    for (int i = 1; i < RT_RING_TIMED; i++)
+        rt_ring_judge(&ring, RT_RING_FAR_NS + 1);
+    if (ring.past)
+        fail(1, "a verdict before its time");
+    rt_ring_judge(&ring, RT_RING_FAR_NS + 1);
+    for (int i = 0; i < RT_RING_PAST; i++) {
+        if (!ring.past)
+            fail(1, "far, and not written past the caches");
+        rt_ring_put_piece(&ring, piece);
+    }
+    if (ring.past || ring.timed)
+        fail(1, "never asked again");
+    rt_ring_judge(&ring, RT_RING_FAR_NS);
+    for (int i = 1; i < RT_RING_TIMED; i++)
+        rt_ring_judge(&ring, 1000 * RT_RING_FAR_NS);
+    if (ring.past)
+        fail(1, "judged by those that were interrupted");
+}
+
 int main(int argc, char **argv)
 {
     pthread_t threads[2];
+    verdicts();
     if (argc != 3 || pipe(to_reader) || pipe(to_writer))
         return 2;
     total = strtoull(argv[1], NULL, 10);
@@ -120,7 +161,7 @@ int main(int argc, char **argv)
         return 2;
     pthread_join(threads[0], NULL);
     pthread_join(threads[1], NULL);
-    printf("%llu bytes; the reader slept %llu times, the writer %llu times\n", (unsigned long long)total, (unsigned long long)slept[0],
-           (unsigned long long)slept[1]);
+    printf("%llu bytes; the reader slept %llu times, the writer %llu times; %llu pieces past the caches\n", (unsigned long long)total,
+           (unsigned long long)slept[0], (unsigned long long)slept[1], (unsigned long long)past);
     return 0;
 }

@@ -17,13 +17,15 @@ HEADER = HERE.parent / "rt" / "_ring.h"
 BUILD = ["gcc", "-std=gnu17", "-O2", "-g", "-fsanitize=thread", "-Wall", "-Wextra", "-Werror", str(HERE / "ring_stress.c"), "-lpthread"]
 
 
-def build(folder: Path, header: str) -> str:
+def build(folder: Path, header: str, capacity: int = 4096) -> str:
     """Compile the stress against this text of the header."""
     if shutil.which("gcc") is None:
         pytest.skip("no gcc, whose ThreadSanitizer this needs")
     (folder / "_ring.h").write_text(header, encoding="utf-8")
     program = folder / "ring_stress"
-    built = subprocess.run([*BUILD, f"-I{folder}", "-o", str(program)], capture_output=True, text=True, timeout=100)
+    built = subprocess.run(
+        [*BUILD, f"-I{folder}", f"-DCAPACITY={capacity}", "-o", str(program)], capture_output=True, text=True, timeout=100
+    )
     if "libtsan" in built.stderr or "-ltsan" in built.stderr:
         pytest.skip("gcc comes without ThreadSanitizer here (Debian: libtsan2)")
     assert built.returncode == 0, built.stderr
@@ -43,6 +45,31 @@ def test_every_byte_arrives_and_nobody_sleeps_for_ever(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (0, ""), f"seed {seed}"
         slept = re.findall(r"slept (\d+) times", done.stdout) + re.findall(r"writer (\d+) times", done.stdout)
         assert all(map(int, slept)) and len(slept) == 2, f"seed {seed}: nobody had to be woken: {done.stdout}"
+
+
+def test_pieces_arrive_past_the_caches_too(tmp_path: Path) -> None:
+    program = build(tmp_path, HEADER.read_text(encoding="utf-8"), 1 << 17)
+    for seed in range(5):
+        done = run(program, 5_000_000, seed)
+        assert (done.returncode, done.stderr) == (0, ""), f"seed {seed}"
+        past = re.search(r"(\d+) pieces past", done.stdout)
+        assert past and int(past[1]) > 10, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("ring->fastest > RT_RING_FAR_NS", "ns > RT_RING_FAR_NS"),
+        ("if (++ring->timed < RT_RING_TIMED)", "if (++ring->timed < 2)"),
+        ("ring->past--;", ""),
+        ("(from + i + 32)), d", "(from + i)), d"),
+    ],
+    ids=["by the last", "too soon", "for ever", "wrong bytes"],
+)
+def test_wrong_ways_past_the_caches_are_found(right: str, wrong: str, tmp_path: Path) -> None:
+    header = HEADER.read_text(encoding="utf-8")
+    assert header.count(right) == 1
+    assert run(build(tmp_path, header.replace(right, wrong), 1 << 17), 1_000_000, 1).returncode
 
 
 @pytest.mark.parametrize(
