@@ -28,12 +28,12 @@ _OPTIONS = (
 )
 
 _ADVICE = (
-    ("Host key verification failed|No .* host key is known", "ssh does not know this host's key: connect by hand: `ssh {name}`"),
     ("REMOTE HOST IDENTIFICATION HAS CHANGED", "the host's key has changed: see `ssh {name}`, and `ssh-keygen -R` if it was meant to"),
-    (r"Permission denied|Too many authentication failures", "it asks for a password: `ssh-copy-id {name}`, or load your key with `ssh-add`"),
+    ("Host key verification failed|No .* host key is known", "ssh does not know this host's key: connect by hand: `ssh {name}`"),
+    (r"Permission denied|Too many authentication failures", "it asks for a password: `ssh-copy-id {name}`, or load a key: `ssh-add`"),
     ("Could not resolve hostname", "no such name: correct it, or add it to ~/.ssh/config"),
-    ("Connection refused", "nothing listens there: start sshd, or correct the port in ~/.ssh/config"),
-    ("timed out|No route to host|Network is unreachable|Host is down", "no answer: is it on, in this network, and past the firewall?"),
+    ("Connection refused", "nothing listens there: start sshd, or correct its port"),
+    ("timed out|No route to host|Network is unreachable|Host is down", "no answer: is it on, and past the firewall?"),
 )
 
 
