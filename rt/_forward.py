@@ -100,13 +100,14 @@ class Stream:
     """The stdout or stderr of one rank: cuts what arrives into lines, ended by a newline or by the carriage return of a progress line.
 
     Attributes:
+        pipe: where it comes from, None if it comes by ``take``.
         prefix: what stands in front of each line.
         log: a file that gets a copy of everything, as it came.
         complain: told when the log cannot be written; the job goes on without it.
         due: when the pending beginning of a line is to be shown.
     """
 
-    pipe: IO[bytes]
+    pipe: IO[bytes] | None
     prefix: bytes
     sink: Sink
     fd: int
@@ -115,25 +116,30 @@ class Stream:
     pending: bytearray = field(default_factory=bytearray)
     due: float | None = None
     recent: bytes = b""
+    closed: bool = False
 
     def read(self) -> None:
         """Take what is there; at the end of file show the rest and close."""
-        if self.pipe.closed:  # since poll() called it ready
+        if self.closed:  # since poll() called it ready
             return
         try:
             text = os.read(self.fd, READ_BYTES)
         except BlockingIOError:
             return
         if text:
-            self._copy(text)
-            self.feed(text, time.monotonic())
+            self.take(text)
         else:
             self.close()
+
+    def take(self, text: bytes) -> None:
+        """Show a piece, and remember it."""
+        self._copy(text)
+        self.feed(text, time.monotonic())
 
     def catch_up(self) -> None:
         """Take what is there, as much as fits in a pipe."""
         for _ in range(BACKLOG_BYTES // READ_BYTES):
-            if not self.pipe.closed:
+            if self.pipe is not None and not self.closed:
                 self.read()
 
     def drain(self) -> None:
@@ -144,7 +150,9 @@ class Stream:
     def close(self) -> None:
         """Show what is kept and close the pipe."""
         self.flush()
-        self.pipe.close()
+        self.closed = True
+        if self.pipe is not None:
+            self.pipe.close()
         if self.log is not None:
             self.log.close()
 

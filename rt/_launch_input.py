@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -24,32 +24,58 @@ _LOOK_AGAIN = 1.0  # seconds until a launcher in the background looks whether th
 
 @dataclass(eq=False)
 class Feed:
-    """The stdin of one rank; ``at`` counts the bytes it has taken, ``moved`` is when it took some last."""
+    """The stdin of one rank.
+
+    Attributes:
+        pipe: its writing end, made non-blocking; None if this is no pipe (``rt._launch_link.RemoteFeed``).
+        at: counts the bytes it has taken.
+        moved: when it took some last.
+    """
 
     index: int
-    pipe: IO[bytes]
-    fd: int
+    pipe: IO[bytes] | None
     at: int = 0
     moved: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.fd = -1 if self.pipe is None else self.pipe.fileno()
+        if self.pipe is not None:
+            os.set_blocking(self.fd, False)
+
+    @property
+    def closed(self) -> bool:
+        return self.pipe is None or self.pipe.closed
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is room; with a pipe it is poll() that knows."""
+        return True
+
+    def put(self, piece: memoryview) -> int:
+        """Hand on what there is room for, and say how much that was."""
+        return os.write(self.fd, piece)
+
+    def close(self) -> None:
+        """Let its reader see the end."""
+        assert self.pipe is not None
+        self.pipe.close()
+
 
 class Input:
-    """Our stdin and the pipes it goes to.
+    """Our stdin and the ranks it goes to.
 
     Args:
         fd: our stdin.
-        pipes: the writing ends, by rank; they are made non-blocking and closed here.
+        feeds: theirs; they are closed here.
         patience: see above, in seconds.
         complain: told when a rank is left behind.
     """
 
-    def __init__(self, fd: int, pipes: Mapping[int, IO[bytes]], patience: float, complain: Callable[[str], None]) -> None:
+    def __init__(self, fd: int, feeds: Sequence[Feed], patience: float, complain: Callable[[str], None]) -> None:
         pipe = reopened(fd, os.O_RDONLY)
         self.fd = fd if pipe is None else pipe
         self.is_terminal = os.isatty(fd)
-        self.feeds = [Feed(index, pipe, pipe.fileno()) for index, pipe in pipes.items()]
-        for feed in self.feeds:
-            os.set_blocking(feed.fd, False)
+        self.feeds = feeds
         self._patience = patience
         self._complain = complain
         self._kept = bytearray()
@@ -64,7 +90,7 @@ class Input:
 
     def has_more_for(self, feed: Feed) -> bool:
         """Say whether there is something to write to a rank."""
-        return not feed.pipe.closed and feed.at < self._start + len(self._kept)
+        return not feed.closed and feed.at < self._start + len(self._kept)
 
     def read(self) -> bool:
         """Take what is there; True if it ends a line."""
@@ -84,15 +110,15 @@ class Input:
 
     def write(self, feed: Feed) -> None:
         """Hand on what a rank's pipe takes; a rank that has closed it wants no more."""
-        if feed.pipe.closed:  # since poll() called it ready
+        if feed.closed:  # since poll() called it ready
             return
         try:
             with memoryview(self._kept) as whole, whole[feed.at - self._start :] as piece:
-                written = os.write(feed.fd, piece)
+                written = feed.put(piece)
         except BlockingIOError:
             return
         except OSError:  # EPIPE: it has ended, or closed its stdin
-            feed.pipe.close()
+            feed.close()
         else:
             feed.at, feed.moved = feed.at + written, time.monotonic()
         self._trim()
@@ -121,11 +147,11 @@ class Input:
                 f"rank {feed.index} has not read its stdin for {self._patience:g} seconds, and others wait for theirs: "
                 f"it gets no more, {self._start + len(self._kept) - feed.at} bytes are lost to it"
             )
-            feed.pipe.close()
+            feed.close()
         self._trim()
 
     def _open(self) -> list[Feed]:
-        return [feed for feed in self.feeds if not feed.pipe.closed]
+        return [feed for feed in self.feeds if not feed.closed]
 
     def _hindmost(self) -> list[Feed]:
         return [feed for feed in self._open() if feed.at == self._start]
@@ -135,7 +161,7 @@ class Input:
         if self._ended:
             for feed in self._open():
                 if not self.has_more_for(feed):
-                    feed.pipe.close()
+                    feed.close()
         least = min((feed.at for feed in self._open()), default=self._start + len(self._kept))
         del self._kept[: least - self._start]
         self._start = least

@@ -19,20 +19,38 @@ import shlex
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from io import FileIO
 from types import TracebackType
+from typing import IO
 
 from rt._forward import BACKLOG_BYTES, Sink, Stream
+from rt._frames import Kind
 from rt._launch_guard import Guard
-from rt._launch_input import Input
+from rt._launch_hosts import Hosts
+from rt._launch_input import Feed, Input
+from rt._launch_link import RemoteStream
+from rt._launch_loop import Loop
 from rt._launch_options import Options
-from rt._launch_ranks import THREADS, Rank, cores, environment, identity, signal_name, spawn, tie_to_this_process, wait_for_any
+from rt._launch_plan import identity
+from rt._launch_ranks import (
+    THREADS,
+    LocalRank,
+    Pipes,
+    Rank,
+    cores,
+    environment,
+    signal_name,
+    spawn,
+    tie_to_this_process,
+    wait_for_any,
+)
 from rt.secret import make_secret_fd
 
 TIMED_OUT = 124  # the exit code of timeout(1)
 CAUSE_SECONDS = 2.0  # for which a rank that failed with an error of ours waits for another that failed for its own reason
+LOSS_SECONDS = 4.0  # more, where there are other hosts: so long it takes to notice that one has gone
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -50,8 +68,8 @@ class Job:
         self._streams: list[Stream] = []
         self._errors: dict[int, Stream] = {}  # the stderr of each rank, unless it has ours
         self._input: Input | None = None
-        self._poll = select.poll()  # not epoll: it refuses regular files, and stdin or stdout may be one
-        self._calls: dict[int, Callable[[], None]] = {}
+        self._hosts: Hosts | None = None  # None: all ranks are children of ours
+        self._loop = Loop()
         self._out = Sink.to(1)
         self._err = self._out if os.path.sameopenfile(1, 2) else Sink.to(2)  # one queue per file, or lines would be cut in each other
         self._plan: list[tuple[int, float]] | None = None  # None: nothing is ending
@@ -66,15 +84,8 @@ class Job:
 
     def __enter__(self) -> Job:
         """Have signals wake the loop, from before the first rank exists."""
-        self._wakeup, write_end = socket.socketpair()
-        self._wakeup_writer = write_end
-        for end in (self._wakeup, write_end):
-            end.setblocking(False)
-        signal.set_wakeup_fd(write_end.fileno())
-        for number in (*_STOP_SIGNALS, signal.SIGCHLD):
-            if number == signal.SIGCHLD or signal.getsignal(number) != signal.SIG_IGN:  # nohup and "&" ignore some: so do we
-                signal.signal(number, _wake)
-        self._want(self._wakeup.fileno(), True, select.POLLIN, self._on_signals)
+        ignored = [number for number in _STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN]  # nohup and "&" do so: so do we
+        self._loop.watch_signals([number for number in (*_STOP_SIGNALS, signal.SIGCHLD) if number not in ignored], self._on_signals)
         self._job_id = secrets.token_hex(8)
         self._guard = Guard(self._job_id)
         return self
@@ -83,9 +94,7 @@ class Job:
         for rank in self._ranks:
             rank.signal(signal.SIGKILL)  # reaches somebody only if the loop broke
         self._guard.end(sweep=True)  # does nothing if it has ended
-        signal.set_wakeup_fd(-1)
-        self._wakeup.close()
-        self._wakeup_writer.close()
+        self._loop.close()
 
     def run(self) -> int:
         """Start the ranks, wait for all, and return the exit code."""
@@ -96,12 +105,10 @@ class Job:
         except OSError as error:
             self._fail(2, f"--log-dir: cannot write {error.filename!r}: {error.strerror}")
         else:
-            self._start(logs)
+            (self._start_elsewhere if self._options.remote else self._start)(logs)
         while not (self._abandoned or (self._all_ended() and self._all_quiet())):
             self._arm()
-            patience = self._patience()
-            for fd, _ in self._poll.poll(None if patience is None else patience * 1000):
-                self._calls[fd]()
+            self._loop.wait(self._patience())
             self._attend(time.monotonic())
         return self._conclude()
 
@@ -119,62 +126,80 @@ class Job:
         command, size = self._options.command, self._options.size
         shared = environment(os.environ, self._options.environment, size)
         tie = tie_to_this_process(self._guard)
+        alone = size == 1  # it keeps our stdin and, unless its output is wanted, stdout and stderr: nothing to tell apart
+        pipes = Pipes(input=not alone, output=not alone or self._options.prefix == "always" or self._options.log_dir is not None)
+        feeds: list[Feed] = []
         secret = make_secret_fd()
         with os.fdopen(secret, "rb"), socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
             address = f"127.0.0.1:{listener.getsockname()[1]}"
             self._report(f"{size} ranks of {shlex.join(command)}; coordinator {address}")
             self._report(f"{cores()} cores; " + ", ".join(f"{name}={shared.get(name, 'unset')}" for name in THREADS))
             for rank in range(size):
-                told = shared | identity(rank, size, address) | {"RT_JOB_ID": self._job_id, "RT_SECRET_FD": str(secret)}
+                told = shared | identity(rank, size, rank, size) | {"RT_COORDINATOR": address, "RT_JOB_ID": self._job_id}
+                told["RT_SECRET_FD"] = str(secret)
                 inherited = [secret]
                 if rank == 0:  # it inherits the listening socket: nobody can take its port in between
                     told["RT_COORDINATOR_FD"] = str(listener.fileno())
                     inherited.append(listener.fileno())
                 try:
-                    process = spawn(self._options, told, inherited, tie, alone=size == 1)
+                    process = spawn(command, self._options.cwd, told, inherited, tie, pipes)
                 except OSError as error:
                     self._fail(2, f"cannot start rank {rank}: {command[0]}: {error.strerror}")
                     return
-                self._ranks.append(Rank(rank, process, self._guard))
-                self._forward(self._ranks[-1], logs)
-        if pipes := {rank.index: rank.process.stdin for rank in self._ranks if rank.process.stdin is not None}:
-            self._input = Input(0, pipes, self._grace, self._say)
+                self._ranks.append(LocalRank(rank, process, self._guard))
+                self._report(f"rank {rank} is process {process.pid}")
+                self._forward(self._ranks[-1], process.stdout, process.stderr, logs)
+                if process.stdin is not None:
+                    feeds.append(Feed(rank, process.stdin))
+        if feeds:
+            self._input = Input(0, feeds, self._grace, self._say)
 
-    def _forward(self, rank: Rank, logs: list[tuple[FileIO, FileIO]]) -> None:
-        process = rank.process
-        self._report(f"rank {rank.index} is process {process.pid}")
-        prefixed = self._options.prefix == "always" or (self._options.prefix == "auto" and self._options.size > 1)
-        prefix = b"[%d] " % rank.index if prefixed else b""
+    def _start_elsewhere(self, logs: list[tuple[FileIO, FileIO]]) -> None:
+        """Begin to connect to all hosts; the rest comes when they have answered."""
+        self._hosts = hosts = Hosts(self._options, self._job_id, os.environ, tie_to_this_process(self._guard))
+        self._ranks = [*hosts.ranks]
+        for rank in hosts.ranks:
+            out_log, err_log = logs[rank.index] if logs else (None, None)
+            for kind, sink, log in ((Kind.OUT, self._out, out_log), (Kind.ERR, self._err, err_log)):
+                rank.link.streams[rank.index, kind] = stream = RemoteStream(rank, kind, self._prefix(rank), sink)
+                stream.log, stream.complain = log, self._say
+                self._streams.append(stream)
+            self._errors[rank.index] = self._streams[-1]
+
+    def _forward(self, rank: Rank, out: IO[bytes] | None, err: IO[bytes] | None, logs: list[tuple[FileIO, FileIO]]) -> None:
         out_log, err_log = logs[rank.index] if logs else (None, None)
-        for pipe, sink, log in ((process.stdout, self._out, out_log), (process.stderr, self._err, err_log)):
+        for pipe, sink, log in ((out, self._out, out_log), (err, self._err, err_log)):
             if pipe is not None:
                 os.set_blocking(pipe.fileno(), False)
-                self._streams.append(Stream(pipe, prefix, sink, pipe.fileno(), log, self._say))
-        if process.stderr is not None:
+                self._streams.append(Stream(pipe, self._prefix(rank), sink, pipe.fileno(), log, self._say))
+        if err is not None:
             self._errors[rank.index] = self._streams[-1]
+
+    def _prefix(self, rank: Rank) -> bytes:
+        if self._options.prefix == "never" or (self._options.prefix == "auto" and self._options.size == 1):
+            return b""
+        return f"[{rank.index} {rank.host}] ".encode() if rank.host else b"[%d] " % rank.index
 
     # --- the loop
 
     def _arm(self) -> None:
         """Ask for what can be used: sinks that have something to write, pipes whose sink is not too far behind, input there is room for."""
+        want = self._loop.want
         for sink in (self._out, self._err):
-            self._want(sink.fd, bool(sink.waiting), select.POLLOUT, sink.write)
+            want(sink.fd, bool(sink.waiting), select.POLLOUT, sink.write)
         for stream in self._streams:
-            ready = not stream.pipe.closed and len(stream.sink.waiting) < BACKLOG_BYTES
-            self._want(stream.fd, ready, select.POLLIN, stream.read)
+            if stream.pipe is not None:
+                want(stream.fd, not stream.closed and len(stream.sink.waiting) < BACKLOG_BYTES, select.POLLIN, stream.read)
         if self._input is not None:
-            self._want(self._input.fd, self._input.wanted(), select.POLLIN, self._read_input)
+            want(self._input.fd, self._input.wanted(), select.POLLIN, self._read_input)
             for feed in self._input.feeds:
-                self._want(feed.fd, self._input.has_more_for(feed), select.POLLOUT, partial(self._input.write, feed))
-
-    def _want(self, fd: int, wanted: bool, event: int, call: Callable[[], None]) -> None:
-        registered = fd in self._calls
-        if wanted and not registered:
-            self._poll.register(fd, event)
-            self._calls[fd] = call
-        elif registered and not wanted:
-            self._poll.unregister(fd)
-            del self._calls[fd]
+                if feed.pipe is not None:
+                    want(feed.fd, self._input.has_more_for(feed), select.POLLOUT, partial(self._input.write, feed))
+                elif feed.ready and self._input.has_more_for(feed):
+                    self._input.write(feed)
+        if self._hosts is not None:
+            for wanted in self._hosts.wants():
+                want(*wanted)
 
     def _read_input(self) -> None:
         assert self._input is not None
@@ -183,7 +208,7 @@ class Job:
                 sink.answered(echoed=self._input.is_terminal and os.isatty(sink.fd))
 
     def _open_streams(self) -> list[Stream]:
-        return [stream for stream in self._streams if not stream.pipe.closed]
+        return [stream for stream in self._streams if not stream.closed]
 
     def _all_ended(self) -> bool:
         return all(rank.code is not None for rank in self._ranks)
@@ -195,7 +220,7 @@ class Job:
         """Return the seconds to the next deadline, None if there is none."""
         now = time.monotonic()
         times = [stream.due for stream in self._streams]
-        times += [self._deadline, self._input.due(now) if self._input else None]
+        times += [self._deadline, self._input.due(now) if self._input else None, self._hosts.due if self._hosts else None]
         if self._plan is None and not self._all_ended():
             times += [self._limit, self._judgement]
         return min((max(0.0, due - now) for due in times if due is not None), default=None)
@@ -207,6 +232,8 @@ class Job:
                 stream.flush()
         if self._input is not None:
             self._input.attend(now)
+        if self._hosts is not None:
+            self._attend_hosts(self._hosts, now)
         if broken := self._out.broken or self._err.broken:
             gone = broken.errno == errno.EPIPE
             why = "the reader of our output has gone" if gone else f"cannot write our output: {broken.strerror}"
@@ -224,21 +251,38 @@ class Job:
         if self._failed() and all(rank.gone for rank in self._ranks):
             self._abandoned = True  # who still holds a pipe has left the ranks' groups; the guard will find it
 
-    def _on_signals(self) -> None:
-        for number in set(self._wakeup.recv(4096)):
+    def _attend_hosts(self, hosts: Hosts, now: float) -> None:
+        hosts.attend(now)
+        if hosts.ready and self._input is None:
+            self._input = Input(0, hosts.feeds, self._grace, self._say)
+        if hosts.failure and self._plan is None:
+            for line in hosts.report():
+                self._err.put(self, b"", f"{line.rstrip()}\n".encode(errors="surrogateescape"), finished=True)
+        if hosts.failure or hosts.complaint:
+            self._fail(2, hosts.failure or hosts.complaint)
+        if ended := hosts.ended():
+            self._take_ends(ended)
+
+    def _on_signals(self, numbers: set[int]) -> None:
+        for number in numbers:
             if number == signal.SIGCHLD:
                 self._reap()
             elif number in _STOP_SIGNALS:
                 self._stop(number)
 
     def _reap(self) -> None:
-        ended = []
-        by_pid = {rank.process.pid: rank for rank in self._ranks}
+        ended: list[Rank] = []
+        by_pid = {rank.pid: rank for rank in self._ranks if isinstance(rank, LocalRank)}
         while (found := wait_for_any()) is not None:
             pid, status = found
-            if pid in by_pid:  # else the guard, or an orphan of a rank, which came to us because we are its subreaper
-                by_pid[pid].process.returncode = os.waitstatus_to_exitcode(status)
+            if pid in by_pid:  # else a connection, the guard, or an orphan of a rank, which came to us because we are its subreaper
+                by_pid[pid].ended(status)
                 ended.append(by_pid[pid])
+            elif self._hosts is not None:
+                self._hosts.reaped(pid, status)
+        self._take_ends(ended)
+
+    def _take_ends(self, ended: Sequence[Rank]) -> None:
         for rank in ended:
             self._report(rank.describe_end())
         for rank in self._ranks:
@@ -247,7 +291,8 @@ class Job:
         for rank in ended:
             if rank.code and self._plan is None:
                 self._failures.append((self._is_consequence(rank), rank.code > 0, rank.code == 1, rank.index))
-                self._judgement = min(self._judgement or math.inf, time.monotonic() + CAUSE_SECONDS)
+                patience = CAUSE_SECONDS + (LOSS_SECONDS if self._hosts is not None else 0)
+                self._judgement = min(self._judgement or math.inf, time.monotonic() + patience)
         self._judge()
 
     # --- ending
@@ -302,12 +347,14 @@ class Job:
         number, patience = self._plan.pop(0)
         for rank in self._ranks:
             if number == signal.SIGKILL and rank.code is None:
-                self._say(f"killing rank {rank.index} (process {rank.process.pid}), which has not ended")
+                self._say(f"killing {rank} (process {rank.pid}), which has not ended")
             rank.signal(number)
         self._deadline = time.monotonic() + patience
 
     def _conclude(self) -> int:
         """Write what is left, then the verdict, and return the exit code. Nobody is left to be ended: writing may block, Ctrl-C ends us."""
+        if self._hosts is not None:
+            self._hosts.leave(sweep=self._failed())
         self._guard.end(sweep=self._failed())  # after success a process that left its rank's group on purpose, a daemon, may stay
         for stream in self._open_streams():
             stream.drain()
@@ -347,7 +394,3 @@ class Job:
     def _report(self, text: str) -> None:
         if self._options.verbose:
             self._say(text)
-
-
-def _wake(number: int, frame: object) -> None:
-    """Handle no signal: the loop reads its number from the wakeup socket."""

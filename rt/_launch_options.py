@@ -13,8 +13,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rt.errors import ConfigError
+from rt.hostfile import BACKENDS, Host, Hostfile, check_variable, parse_hosts, read_hostfile, repeated
+
 _DESCRIPTION = """\
-Start N copies of a program on this host and join them to one group: in each, rt.init() finds its rank and its peers."""
+Start copies of a program, on this host or on many, and join them to one group: in each, rt.init() finds its rank and its peers."""
 
 _EXAMPLES = """\
 options end at the program, or at "--": what follows belongs to the program.
@@ -28,17 +31,26 @@ examples:
   rt.launch -n 4 --dry-run train.py             show the commands, to start a rank by hand, under a debugger perhaps
   echo 'c' | rt.launch -n 2 debug.py            every rank reads all of our stdin
   rt.launch -n 2 --verbose -- ./-odd-name       say what is started; "--" ends the options
+  rt.launch --hosts node1,me@node2 -n 2 train.py     two ranks on each host, by ssh; the script lies in the same place on all
+  rt.launch --hostfile hosts.json train.py      the same for a list of hosts that mlx.distributed_config writes, too
+  rt.launch --hosts node1,node2 --sync-code . train.py     copy this folder to the same place on all hosts first (rsync)
 
-Lines of the ranks are shown as "[rank] line", stdout and stderr apart; a line without an end, such as a prompt, is shown after 50 ms.
+Hosts are names that your ssh knows, addresses, or localhost, which needs no ssh. All are looked at before anything is started: one table
+says what is wrong where. Ranks end with the connection: when it, the launcher or the network goes, they are gone within 5 seconds.
+
+Lines of the ranks are shown as "[rank] line", or "[rank host] line", stdout and stderr apart; a line without an end, such as a prompt, is
+shown after 50 ms.
 What is typed or piped in goes to every rank, with its end; a rank that reads nothing while others wait loses its input after 5 seconds.
 
 When a rank fails the others get SIGTERM, and SIGKILL 5 seconds later; the last line says which rank it was, after the last lines it wrote
 to stderr. Ctrl-C is handed to the ranks; a second one kills them. Whatever ends the launcher ends the ranks and their children.
 
-exit code: 0 if all ranks returned 0, else that of the rank that failed first (128 plus the signal if one killed it); 124 if --timeout
-ended the job; 2 if the command line is wrong."""
+exit code: 0 if all ranks returned 0, else that of the rank that failed first (128 plus the signal if one killed it, 255 if its host was
+lost); 124 if --timeout ended the job; 2 if the command line is wrong or a host is not ready."""
 
+_NO_PROGRAM = "no program given; expected for example: rt.launch -n 2 train.py"
 PREFIXES = ("auto", "always", "never")
+FAMILIES = ("NCCL_", "RT_", "MLX_", "OMP_", "CUDA_")  # of variables that go along to other hosts
 
 
 @dataclass(frozen=True)
@@ -46,14 +58,28 @@ class Options:
     """A checked command line.
 
     Attributes:
-        command: the program with what runs it in front, relative to ``cwd`` if it has a folder in its name.
+        hosts: per rank where it runs.
+        command: the program; if all ranks run here, with what runs it in front. Relative to ``cwd`` if it has a folder in its name.
+        python: interpreter for .py programs, and on other hosts for the supervisor.
+        environment: what every rank is told besides: the hostfile's ``envs``, then ``--env``.
+        backend: one of ``hostfile.BACKENDS``, "" if nobody chose one.
+        starting_port: of the ring file or of jaccl's coordinator, None for free ones.
+        travels: whether variables of some families go to other hosts.
         prefix: one of ``PREFIXES``; auto stands for always unless there is one rank only.
         timeout: seconds, or None.
     """
 
-    size: int
+    hosts: tuple[Host, ...]
     command: list[str]
+    python: str
     environment: dict[str, str]
+    backend: str
+    connections_per_ip: int
+    starting_port: int | None
+    nccl_port: int
+    travels: bool
+    tty: bool
+    sync_code: str | None
     prefix: str
     cwd: str | None
     log_dir: str | None
@@ -61,20 +87,47 @@ class Options:
     dry_run: bool
     verbose: bool
 
+    @property
+    def size(self) -> int:
+        return len(self.hosts)
+
+    @property
+    def remote(self) -> bool:
+        """Whether some ranks run elsewhere."""
+        return not all(host.is_local for host in self.hosts)
+
 
 def parse(argv: Sequence[str]) -> Options:
-    """Check the command line; what is wrong is said on stderr and raises SystemExit(2)."""
+    """Check the command line; what is wrong is said on stderr and raises SystemExit(2), as does --print-python with 0."""
     parser, valued = _parser()
     ours, command = split(argv, valued)
     found = parser.parse_args(ours)
+    if found.print_python:
+        print(found.python)
+        parser.exit()
     try:
-        command = _executable(command, found.python, found.cwd)
-    except ValueError as error:
+        hostfile = _hosts(found)
+        backend = _backend(found.backend or hostfile.backend, found, hostfile)
+        if all(host.is_local for host in hostfile.hosts):
+            _checked_folder(found.cwd)
+            command = executable(command, found.python, found.cwd)
+        elif not command:
+            raise ValueError(_NO_PROGRAM)
+        environment = dict(check_variable(entry, "envs") for entry in hostfile.envs) | dict(found.env)
+    except (ValueError, ConfigError) as error:
         parser.error(str(error))
     return Options(
-        size=found.n,
-        command=command,
-        environment=dict(found.env),
+        hosts=hostfile.hosts,
+        command=list(command),
+        python=found.python,
+        environment=environment,
+        backend=backend,
+        connections_per_ip=found.connections_per_ip,
+        starting_port=found.starting_port,
+        nccl_port=found.nccl_port,
+        travels=not found.no_env,
+        tty=found.tty,
+        sync_code=found.sync_code,
         prefix=found.prefix,
         cwd=found.cwd,
         log_dir=found.log_dir,
@@ -103,24 +156,34 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     """Return the parser and the names of the options that have values."""
     parser = argparse.ArgumentParser(
         prog="rt.launch",
-        usage="rt.launch -n N [options] [--] program [args ...]",
+        usage="rt.launch -n N [options] [--] program [args ...]\n       rt.launch --hosts A,B [-n N] [options] [--] program [args ...]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    valued = ["-n", "--python", "--env", "--cwd", "--prefix", "--log-dir", "--timeout"]
     add = parser.add_argument
-    add("-n", type=_count, required=True, metavar="N", help="number of ranks")
-    add("--python", default=sys.executable, metavar="PY", help="interpreter for .py programs (default: this one)")
+    add("-n", "--repeat-hosts", dest="n", type=_count, metavar="N", help="number of ranks; with hosts: on each of them (default there: 1)")
+    add("--hosts", metavar="A,B", help="names or addresses to reach by ssh, user@ in front if wanted; localhost needs no ssh")
+    add("--hostfile", metavar="F.json", help='a list of hosts such as {"ssh": "node1", "ips": ["10.0.0.1"]}, or an object with "hosts"')
+    add("--backend", metavar="B", help=f"one of {', '.join(BACKENDS)} (default: the hostfile's, else ring)")
+    add("--python", default=sys.executable, metavar="PY", help="interpreter for .py programs, on all hosts (default: this one)")
     add("--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="for every rank; repeatable")
-    add("--cwd", type=_folder, metavar="DIR", help="folder to run in; the program's name is looked up from there")
+    add("--no-env", action="store_true", help=f"keep the variables {', '.join(f'{family}*' for family in FAMILIES)} from other hosts")
+    add("--cwd", metavar="DIR", help="folder to run in, on all hosts; the program's name is looked up from there")
+    add("--sync-code", metavar="DIR", help="copy this folder to the same place on all hosts first, with rsync")
+    add("--connections-per-ip", type=_count, default=1, metavar="N", help="ring: sockets between two ranks, for each address")
+    add("-p", "--starting-port", type=_port, metavar="P", help="ring: ports P, P + 1, ... in place of free ones; jaccl: the coordinator's")
+    add("--nccl-port", type=_port, default=12345, metavar="P", help="nccl: the port of rank 0 (default 12345)")
+    add("--mpi-arg", action="append", default=[], metavar="ARGS", help="mpi: more words for mpirun; repeatable")
+    add("--tty", action="store_true", help="give each rank a terminal, with stdout and stderr together")
     add("--prefix", type=_prefix, default="auto", metavar="WHEN", help='"[rank] " before lines: always, never, or auto: unless -n 1')
     add("--log-dir", metavar="DIR", help="also write DIR/rankN.out and .err, without prefix; old files of these names are overwritten")
     add("--timeout", type=_seconds, metavar="SECONDS", help="end the job as failed, with exit code 124, if it takes longer")
     add("--dry-run", action="store_true", help="show the commands and variables in place of starting anything")
+    add("--print-python", action="store_true", help="show which interpreter would be used, and end")
     add("--verbose", action="store_true", help="say what is started, with which settings, and how it ended")
-    return parser, valued
+    return parser, [name for action in parser._actions if action.nargs is None for name in action.option_strings]
 
 
 def _checked(text: str, good: bool, expected: str) -> str:
@@ -134,13 +197,14 @@ def _count(text: str) -> int:
 
 
 def _variable(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    _checked(text, bool(name and equals), "NAME=VALUE")
-    return name, value
+    try:
+        return check_variable(text, "--env")
+    except ConfigError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected NAME=VALUE") from None
 
 
-def _folder(text: str) -> str:
-    return _checked(text, os.path.isdir(text), "a folder that exists")
+def _port(text: str) -> int:
+    return int(_checked(text, text.isdecimal() and 0 < int(text) < 65536, "a port from 1 to 65535"))
 
 
 def _prefix(text: str) -> str:
@@ -156,10 +220,56 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _executable(command: Sequence[str], python: str, cwd: str | None) -> list[str]:
+def _hosts(found: argparse.Namespace) -> Hostfile:
+    """Return the hosts, each as often as ``-n`` says."""
+    if found.hosts is not None and found.hostfile is not None:
+        raise ValueError("--hosts and --hostfile: found both, expected one of them")
+    if found.hostfile is not None:
+        hostfile = read_hostfile(found.hostfile)
+        return Hostfile(repeated(hostfile.hosts, found.n or 1), hostfile.backend, hostfile.envs)
+    if found.hosts is not None:
+        return Hostfile(parse_hosts(found.hosts, found.n or 1))
+    if found.n is None:
+        raise ValueError("the following arguments are required: -n, --hosts or --hostfile")
+    return Hostfile(parse_hosts("localhost", found.n))
+
+
+def _backend(backend: str, found: argparse.Namespace, hostfile: Hostfile) -> str:
+    if backend and backend not in BACKENDS:
+        raise ValueError(f"argument --backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "mpi":
+        raise ValueError("--backend mpi: not here yet; ranks under `mpirun` or `srun` need no launcher of ours, see docs/launching.md")
+    if found.mpi_arg:
+        raise ValueError(f"argument --mpi-arg: found {found.mpi_arg[0]!r} without --backend mpi, expected none")
+    if backend.startswith("jaccl"):
+        _check_rdma(hostfile.hosts, ring=backend == "jaccl-ring")
+    return backend
+
+
+def _check_rdma(hosts: Sequence[Host], *, ring: bool) -> None:
+    """See that every rank has a device towards every other one, or, on a ring, towards its neighbours."""
+    size = len(hosts)
+    for rank, host in enumerate(hosts):
+        where = f"--backend jaccl: host [{rank}] ({host.ssh})"
+        if len(host.rdma) != size:
+            raise ValueError(f'{where}: "rdma": found {len(host.rdma)} entries, expected {size}: one for each rank')
+        for peer, device in enumerate(host.rdma):
+            wanted = peer in ((rank - 1) % size, (rank + 1) % size) if ring else True
+            if peer == rank and device is not None:
+                raise ValueError(f'{where}: "rdma"[{peer}]: found {device!r}, expected null: that is the host itself')
+            if peer != rank and wanted and not device:
+                raise ValueError(f'{where}: "rdma"[{peer}]: found no device, expected the one that leads to {hosts[peer].ssh}')
+
+
+def _checked_folder(folder: str | None) -> None:
+    if folder is not None and not os.path.isdir(folder):
+        raise ValueError(f"argument --cwd: found {folder!r}, expected a folder that exists")
+
+
+def executable(command: Sequence[str], python: str, cwd: str | None) -> list[str]:
     """Return the command with what runs it in front; ValueError says what is missing, before anything has been started."""
     if not command:
-        raise ValueError("no program given; expected for example: rt.launch -n 2 train.py")
+        raise ValueError(_NO_PROGRAM)
     folder = cwd or ""
     if not command[0].endswith(".py"):
         return [_found("program", command[0], folder), *command[1:]]

@@ -1,120 +1,151 @@
-"""The ranks of ``rt.launch`` as processes: what each is told by its environment, how it is started and signalled, and how it ended.
+"""The ranks of a host as processes: how they are started and signalled, and how they ended.
 
-May live here: environments, processes, and the text of a dry run. May not: what a rank reads or writes (``_forward``, ``_launch_input``),
-and when a rank is to end (``_launch_job``).
+May live here: environments and processes. May not: who a rank is (``_launch_plan``), what it reads or writes (``_forward``,
+``_launch_input``), and when it is to end (``_launch_job``). The launcher uses it for its own host, ``_supervisor`` on others.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rt._launch_guard import Guard
-from rt._launch_options import Options
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
-_UNBUFFERED = "PYTHONUNBUFFERED"
+UNBUFFERED = "PYTHONUNBUFFERED"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 # What these say holds for the launcher, if for anybody: a rank that inherited them would find two answers to "who am I".
-_NOT_INHERITED = (
-    *("RT_HOSTFILE", "RT_SECRET", "RT_SECRET_FILE", "RT_COORDINATOR_FD", "MLX_RANK", "MLX_HOSTFILE", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
-    *("LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+NOT_INHERITED = (
+    *("RT_HOSTFILE", "RT_SECRET", "RT_SECRET_FILE", "RT_COORDINATOR_FD", "MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_IBV_DEVICES"),
+    *("MLX_JACCL_COORDINATOR", "MLX_JACCL_RING", "JACCL_RANK", "JACCL_IBV_DEVICES", "JACCL_COORDINATOR", "JACCL_RING"),
+    *("RT_IBV_DEVICES", "RT_JACCL_COORDINATOR", "RT_JACCL_RING", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     *("PMI_RANK", "PMI_SIZE", "SLURM_PROCID", "SLURM_NTASKS"),
 )
 
 
+class Pipes(NamedTuple):
+    """Which of a rank's standard files are pipes to us."""
+
+    input: bool = True
+    output: bool = True
+
+
+_ALL_PIPES = Pipes()
+
+
 @dataclass(eq=False)
 class Rank:
-    """A started process. ``gone``: its whole group has ended, so its number may belong to a stranger and is never signalled again."""
+    """A rank, wherever it runs.
+
+    Attributes:
+        index: its number.
+        host: the name of its host, "" if all ranks are on one.
+        pid: the number of its process, 0 while there is none.
+        code: exit code, minus the signal's number if one killed it, None while it runs.
+        gone: nobody is left in its process group, and nobody will be.
+    """
 
     index: int
-    process: subprocess.Popen[bytes]
-    guard: Guard
+    host: str = ""
+    pid: int = 0
+    code: int | None = None
     gone: bool = False
-
-    @property
-    def code(self) -> int | None:
-        """Exit code, minus the signal's number if one killed it, None while it runs."""
-        return self.process.returncode  # set by whoever calls wait_for_any: one waitpid for all, so Popen never asks
 
     def signal(self, number: int) -> None:
         """Signal the whole group; number 0 only asks whether anybody is left in it."""
-        if self.gone:
-            return
-        try:
-            os.killpg(self.process.pid, number)
-        except (ProcessLookupError, PermissionError):  # EPERM: only zombies (macOS) or another user's processes, which are not ours to end
-            if self.code is not None:
-                self.gone = True
-                self.guard.forget(self.process.pid)
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return f"rank {self.index}" + (f" ({self.host})" if self.host else "")
 
     def describe_end(self) -> str:
         code = self.code or 0
-        return f"rank {self.index} " + (f"was killed by {signal_name(-code)}" if code < 0 else f"exited with code {code}")
+        return f"{self} " + (f"was killed by {signal_name(-code)}" if code < 0 else f"exited with code {code}")
+
+
+class LocalRank(Rank):
+    """A rank that is a child of this process. A group that is ``gone`` has left its number to strangers, and is never signalled again."""
+
+    def __init__(self, index: int, process: subprocess.Popen[bytes], guard: Guard) -> None:
+        super().__init__(index, pid=process.pid)
+        self.process = process
+        self._guard = guard
+
+    def ended(self, status: int) -> None:
+        """Note what ``wait_for_any`` found: one waitpid for all, so Popen never asks."""
+        self.code = self.process.returncode = os.waitstatus_to_exitcode(status)
+
+    def signal(self, number: int) -> None:
+        if self.gone:
+            return
+        try:
+            os.killpg(self.pid, number)
+        except (ProcessLookupError, PermissionError):  # EPERM: only zombies (macOS) or another user's processes, which are not ours to end
+            if self.code is not None:
+                self.gone = True
+                self._guard.forget(self.pid)
 
 
 # --- what ranks are told -------------------------------------------------------------------------------------------------------------
 
 
 def environment(inherited: Mapping[str, str], extra: Mapping[str, str], size: int) -> dict[str, str]:
-    """Return what all ranks share: the launcher's environment, defaults where it has none, and the user's ``--env``, which wins."""
-    shared = {name: value for name, value in inherited.items() if name not in _NOT_INHERITED}
-    shared.setdefault(_UNBUFFERED, "1")  # for Python started by name: our pipe is no terminal, and lines should come at once
+    """Return what all ranks of a host share: the environment there, defaults where it has none, and what the user chose, which wins.
+
+    Args:
+        inherited: the environment of the launcher, or of its supervisor there.
+        extra: the hostfile's ``envs`` and ``--env``, and before them what came along from the launcher's host.
+        size: number of ranks on this host.
+    """
+    shared = {name: value for name, value in inherited.items() if name not in NOT_INHERITED}
+    shared.setdefault(UNBUFFERED, "1")  # for Python started by name: our pipe is no terminal, and lines should come at once
     if size > 1:  # else every rank starts a BLAS thread per core, and they fight
         for name in THREADS:
             shared.setdefault(name, str(max(1, cores() // size)))
     return shared | dict(extra)
 
 
-def identity(rank: int, size: int, address: str) -> dict[str, str]:
-    """Return what tells a rank who it is."""
-    place = {"RT_RANK": str(rank), "RT_WORLD_SIZE": str(size), "RT_LOCAL_RANK": str(rank), "RT_LOCAL_SIZE": str(size)}
-    return place | {"RT_COORDINATOR": address}
-
-
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def dry_run(options: Options, inherited: Mapping[str, str], address: str) -> Iterator[str]:
-    """Yield the lines of a shell that would start the ranks, one line for each.
-
-    A secret is not among them: the launcher makes one for every job, and ranks that find none use their user's own.
-    """
-    yield "# One command for each rank, in a terminal of its own. rt.launch hands over a secret too, and to rank 0 a listening socket."
-    shared = environment(inherited, options.environment, options.size)
-    gone = [word for name in _NOT_INHERITED if name in inherited and name not in options.environment for word in ("-u", name)]
-    named = [name for name in (_UNBUFFERED, *THREADS, *options.environment) if name in shared and name != "RT_SECRET"]
-    for rank in range(options.size):
-        told = {name: shared[name] for name in named} | identity(rank, options.size, address)
-        words = ["env", *gone, *(f"{name}={value}" for name, value in told.items()), *options.command]
-        yield (f"cd {shlex.quote(options.cwd)} && " if options.cwd else "") + shlex.join(words)
 
 
 # --- processes -----------------------------------------------------------------------------------------------------------------------
 
 
 def spawn(
-    options: Options, environment: Mapping[str, str], inherited: Sequence[int], tie: Callable[[], None], *, alone: bool
+    command: Sequence[str],
+    cwd: str | None,
+    environment: Mapping[str, str],
+    inherited: Sequence[int],
+    tie: Callable[[], None],
+    pipes: Pipes = _ALL_PIPES,
 ) -> subprocess.Popen[bytes]:
-    """Start one rank; one that is alone keeps our stdin and, unless its output is wanted, stdout and stderr: nothing to tell apart."""
-    direct = alone and options.prefix != "always" and options.log_dir is None
-    output = None if direct else subprocess.PIPE
+    """Start one rank.
+
+    Args:
+        command: absolute, or relative to ``cwd``.
+        cwd: the folder to run in.
+        environment: all of it.
+        inherited: descriptors that it gets, under their own numbers.
+        tie: called between fork and exec, see :func:`tie_to_this_process`.
+        pipes: which of its standard files are pipes; the others are ours.
+    """
     return subprocess.Popen(
-        options.command,
-        stdin=None if alone else subprocess.PIPE,
-        stdout=output,
-        stderr=output,
+        command,
+        stdin=subprocess.PIPE if pipes.input else None,
+        stdout=subprocess.PIPE if pipes.output else None,
+        stderr=subprocess.PIPE if pipes.output else None,
         bufsize=0,
         env=environment,
-        cwd=options.cwd,
+        cwd=cwd,
         pass_fds=inherited,
         start_new_session=True,  # not only a group: a lone rank may read our terminal without being stopped by SIGTTIN
         preexec_fn=tie,

@@ -128,9 +128,9 @@ def show_hostfile(hostfile: Hostfile) -> str:
 
 
 def check_variable(text: str, where: str) -> tuple[str, str]:
-    """Cut ``NAME=VALUE`` in two; ``NAME`` alone has the value "". Raises ConfigError."""
-    name, _, value = text.partition("=")
-    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+    """Cut ``NAME=VALUE`` in two. Raises ConfigError."""
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         raise ConfigError(f"{where}: found {text!r}, expected NAME=VALUE, the name of letters, digits and underscores")
     return name, value
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from rt._launch_job import Job
 from rt._launch_options import parse
-from rt._launch_ranks import dry_run
+from rt._launch_plan import dry_run
 
 GRACE = 5.0  # seconds between asking a process to end and killing it
 

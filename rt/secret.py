@@ -99,14 +99,19 @@ def resolve_secret(keyword: bytes | str | None, hosts: Iterable[str], environ: M
     )
 
 
-def make_secret_fd() -> int:
-    """Put a fresh key on an anonymous, inheritable descriptor for the ranks to find through ``RT_SECRET_FD``; the caller closes it."""
+def make_key() -> str:
+    """Return a fresh key in the form that ``make_secret_fd`` takes."""
+    return secrets.token_hex(KEY_BYTES)
+
+
+def make_secret_fd(key: str = "") -> int:
+    """Put a key, a fresh one if none is given, on an anonymous descriptor that the ranks find by ``RT_SECRET_FD``; the caller closes it."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("rt-secret")
     else:  # macOS: a file that has no name from here on
         fd, path = tempfile.mkstemp(prefix="rt-secret-")
         os.unlink(path)
-    os.write(fd, _FD_PREFIX + secrets.token_hex(KEY_BYTES).encode())
+    os.write(fd, _FD_PREFIX + (key or make_key()).encode())
     os.set_inheritable(fd, True)
     return fd
 

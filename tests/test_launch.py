@@ -81,12 +81,12 @@ open({str(fifo)!r}, "w").close()
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: -n"),
+        ([], "the following arguments are required: -n, --hosts or --hostfile"),
         (["-n", "2"], "no program given; expected for example: rt.launch -n 2 train.py"),
         (["-n", "2", "--"], "no program given"),
-        (["-n", "0", "true"], "argument -n: found '0', expected a number of ranks from 1 up"),
-        (["-n", "-1", "true"], "argument -n: found '-1'"),
-        (["-n", "two", "true"], "argument -n: found 'two'"),
+        (["-n", "0", "true"], "argument -n/--repeat-hosts: found '0', expected a number of ranks from 1 up"),
+        (["-n", "-1", "true"], "argument -n/--repeat-hosts: found '-1'"),
+        (["-n", "two", "true"], "argument -n/--repeat-hosts: found 'two'"),
         (["-n", "2", "--env", "NAME", "true"], "argument --env: found 'NAME', expected NAME=VALUE"),
         (["-n", "2", "--timeout", "soon", "true"], "argument --timeout: found 'soon', expected a number of seconds above 0"),
         (["-n", "2", "--timeout", "0", "true"], "argument --timeout: found '0', expected a number of seconds above 0"),
@@ -121,10 +121,11 @@ def test_help_teaches() -> None:
     assert done.returncode == 0
     assert "rt.launch -n 4 train.py" in done.stdout
     examples = re.findall(r"rt\.launch (-.+?)   ", done.stdout)
-    assert len(examples) == 8
+    assert len(examples) == 11
     for example in examples:  # each has only options that exist
         ours, command = split(shlex.split(example), _parser()[1])
-        assert _parser()[0].parse_args(ours).n in (2, 4) and command
+        found = _parser()[0].parse_args(ours)
+        assert (found.n in (2, 4) or found.hosts or found.hostfile) and command
 
 
 def test_every_option_with_a_value_is_known_to_take_one() -> None:

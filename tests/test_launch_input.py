@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from launching import PATIENCE, PREAMBLE, WAIT_FOR_EVER, Terminal, environment, last_line, launch, launcher, lines, linux, running
 
-from rt._launch_input import LIMIT_BYTES, Input
+from rt._launch_input import LIMIT_BYTES, Feed, Input
 
 DIGEST = "import hashlib\nprint(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())\n"
 
@@ -174,7 +174,7 @@ def test_the_slowest_sets_the_pace_until_others_have_waited_long_enough() -> Non
     reader, writer = os.pipe()
     pipes = [os.pipe() for _ in range(2)]
     said: list[str] = []
-    source = Input(reader, {rank: os.fdopen(end, "wb", 0) for rank, (_, end) in enumerate(pipes)}, 5.0, said.append)
+    source = Input(reader, [Feed(rank, os.fdopen(end, "wb", 0)) for rank, (_, end) in enumerate(pipes)], 5.0, said.append)
     quick, slow = source.feeds
     os.set_blocking(writer, False)
     while source.wanted():

@@ -1,0 +1,245 @@
+"""All hosts of a job: looked at together before anything is started, told who is who, and left together.
+
+May live here: the order of the conversation with the supervisors, and the table of what is wrong where. May not: one connection
+(``_launch_link``), the loop and the verdict (``_launch_job``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import rt
+from rt import _ssh
+from rt._frames import Kind
+from rt._launch_link import Link, RemoteFeed, RemoteRank, Want
+from rt._launch_loop import Loop
+from rt._launch_options import Options
+from rt._launch_plan import Ground, crews, is_loopback, nth_gpu, ring_addresses, told, travelling, uses_ring_file
+from rt.secret import make_key
+
+READY_SECONDS = 30.0  # for a host to connect, start Python and look around
+_LEAVE_SECONDS = 5.0  # for a supervisor to end what is left
+
+Row = tuple[str, str, str]
+
+
+class Hosts:
+    """The connections to all hosts.
+
+    Attributes:
+        links: one per host.
+        ranks: all ranks, in order.
+        ready: whether the ranks have been told to start.
+        failure: why they cannot be, "" if nothing speaks against it.
+    """
+
+    def __init__(self, options: Options, job: str, environ: Mapping[str, str], tie: Callable[[], None]) -> None:
+        self._options = options
+        self._job = job
+        self._environ = environ
+        self._crews = crews(options.hosts)
+        self.links = [Link(crew, options.python, len(self._crews) > 1, tie) for crew in self._crews]
+        every = {rank: remote for link in self.links for rank, remote in link.ranks.items()}
+        self.ranks = [every[rank] for rank in range(options.size)]
+        self.ready = False
+        self.failure = ""
+        self._asked: list[Link] | None = None  # those that have been sent a CHECK, once all have said HELLO
+        self._rows: list[Row] = []
+        self._deadline = time.monotonic() + READY_SECONDS
+        self._grounds: list[Ground] = []
+
+    # --- the loop
+
+    def wants(self) -> Iterator[Want]:
+        for link in self.links:
+            yield from link.wants()
+
+    @property
+    def due(self) -> float | None:
+        times = [link.due for link in self.links] + [None if self.ready or self.failure else self._deadline]
+        return min((due for due in times if due is not None), default=None)
+
+    def attend(self, now: float) -> None:
+        """Do what no event calls for: beats, and the next step when all hosts have taken the last one."""
+        for link in self.links:
+            link.attend(now)
+        if self.ready or self.failure:
+            return
+        late = self._deadline <= now
+        if self._asked is None and all(link.hello is not None or link.over or late for link in self.links):
+            self._look_around(late)
+        if self._asked is not None and all(link.checked is not None or link.over or late for link in self._asked):
+            self._hear_out()
+
+    def reaped(self, pid: int, status: int) -> bool:
+        """Note the end of an ssh; False if it is none of ours."""
+        for link in self.links:
+            if link.pid == pid:
+                link.reaped(status)
+                return True
+        return False
+
+    def ended(self) -> list[RemoteRank]:
+        """Return the ranks that have ended since the last call."""
+        found = []
+        for link in self.links:
+            found += link.ended
+            link.ended = []
+        return found
+
+    @property
+    def feeds(self) -> list[RemoteFeed]:
+        """The stdin of each rank."""
+        return [link.feeds[rank] for link in self.links for rank in link.crew.ranks]
+
+    @property
+    def complaint(self) -> str:
+        """What went wrong with the start of a rank, "" if nothing did."""
+        return next((link.complaint for link in self.links if link.complaint), "")
+
+    # --- before the start
+
+    def _look_around(self, late: bool) -> None:
+        """All have said what they are, or will not: ask those that can be used what they think of the program."""
+        unreachable = [self._unreachable(link, late) for link in self.links]
+        self._grounds = [Ground(address, gpus=(link.hello or {}).get("gpus")) for link, address in self._addresses()]
+        self._rows = [row for row in unreachable if row]
+        self._asked = [link for link, row in zip(self.links, unreachable, strict=True) if row is None]
+        for link, ground in zip(self.links, self._grounds, strict=True):
+            if link not in self._asked:
+                continue
+            self._rows += self._unfit(link, ground)
+            ranks = link.crew.ranks if self._options.starting_port is None and self._options.size > 1 else ()
+            addresses = {str(rank): ring_addresses(self._options, rank, ground.address) for rank in ranks if ground.address}
+            listen = ground.address if 0 in link.crew.ranks and not uses_ring_file(self._options) else ""
+            job = {"command": self._options.command, "cwd": self._options.cwd, "default_cwd": os.getcwd(), "size": self._options.size}
+            link.send(Kind.CHECK, 0, job | {"listen": listen, "addresses": addresses, "tty": self._options.tty})
+
+    def _unreachable(self, link: Link, late: bool) -> Row | None:
+        """Say why a host has not said what it is, or that it is of another version."""
+        name, python = link.crew.host.name, self._options.python
+        if link.hello is not None:
+            version = link.hello["version"]
+            if version == rt.__version__:
+                return None
+            return name, f"rt {version}, here {rt.__version__}", f"`{python} -m pip install rt-collectives=={rt.__version__}` there"
+        if not link.over:
+            return name, f"no answer for {READY_SECONDS:g} seconds" if late else "no answer", f"try `ssh {link.crew.host.ssh} true`"
+        if link.code == _ssh.FAILED:
+            return name, *_ssh.explain(link.crew.host, link.noise)
+        return name, *_explain_python(python, link.noise, link.code)
+
+    def _addresses(self) -> Iterator[tuple[Link, str]]:
+        """Yield at which address other hosts reach each one: its own, or the one that ssh used; ours is the one they see ssh come from.
+
+        Where that is not known, it is "".
+        """
+        seen = next((link.hello["client"] for link in self.links if not link.crew.host.is_local and link.hello), "")
+        for link in self.links:
+            if len(self.links) == 1:
+                found = "127.0.0.1"
+            elif link.crew.host.is_local:
+                found = seen
+            else:
+                found = (link.hello or {}).get("server", "")
+            yield link, (*link.crew.host.ips, found)[0]
+
+    def _unfit(self, link: Link, ground: Ground) -> Iterator[Row]:
+        name, options = link.crew.host.name, self._options
+        if len(self.links) > 1 and (not ground.address or is_loopback(ground.address)):
+            found = f"ssh reaches it at {ground.address}" if ground.address else "its sshd does not say at which address it was reached"
+            yield name, f"{found}, which other hosts cannot", 'give it "ips" in a hostfile'
+        allowed = travelling(options, self._environ).get("CUDA_VISIBLE_DEVICES", ground.gpus)
+        if options.backend == "nccl" and not nth_gpu(allowed, len(link.crew.ranks) - 1):
+            yield name, f"CUDA_VISIBLE_DEVICES={allowed} for {len(link.crew.ranks)} ranks", "allow one GPU per rank, or start fewer"
+        first = options.hosts[0]
+        if uses_ring_file(options) and any(len(options.hosts[rank].ips) != len(first.ips) for rank in link.crew.ranks):
+            count = f"{len(link.crew.host.ips)} ips, {first.name} has {len(first.ips)}"
+            yield name, count, "give each host as many: rank connects with rank once for each"
+
+    def _hear_out(self) -> None:
+        """All have been looked at: start, or say what is wrong where."""
+        for link in self._asked or ():
+            host = link.crew.host
+            if link.checked is None:
+                late_or_lost = link.lost or f"no answer for {READY_SECONDS:g} seconds"
+                self._rows.append((host.name, late_or_lost, f"try `ssh {host.ssh} true`"))
+            else:
+                self._rows += [(host.name, problem, _advice(problem)) for problem in link.checked["problems"]]
+        if not self._rows:
+            self._start()
+            return
+        bad = len({host for host, _, _ in self._rows})
+        of = "the host is not" if len(self.links) == 1 else f"{bad} of {len(self.links)} hosts {'is' if bad == 1 else 'are'} not"
+        self.failure = f"nothing was started: {of} ready"
+        for rank in self.ranks:
+            rank.gone = True
+
+    def report(self) -> list[str]:
+        """Return a table of what is wrong where and what to do about it, in the order of the hosts."""
+        order = {link.crew.host.name: index for index, link in enumerate(self.links)}
+        return list(table(("host", "found", "what to do"), sorted(self._rows, key=lambda row: order[row[0]]))) if self._rows else []
+
+    def _start(self) -> None:
+        for link, ground in zip(self.links, self._grounds, strict=True):
+            assert link.checked is not None
+            ground.listening = link.checked["listening"]
+            ground.ports = {int(rank): [(host, port) for host, port in ports] for rank, ports in link.checked["ports"].items()}
+        environment = travelling(self._options, self._environ)
+        words = told(self._options, self._crews, self._grounds, environment.get("CUDA_VISIBLE_DEVICES"))
+        secret = make_key()
+        for link in self.links:
+            ranks = {str(rank): {"variables": words[rank].variables, "files": words[rank].files} for rank in link.crew.ranks}
+            link.send(Kind.START, 0, {"ranks": ranks, "environment": environment, "secret": secret, "job": self._job})
+            link.started = True
+        self.ready = True
+
+    # --- the end
+
+    def leave(self, *, sweep: bool) -> None:
+        """End the supervisors and wait for them, within reason."""
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        for link in self.links:
+            link.leave(sweep=sweep)
+        loop = Loop()
+        while not all(link.over for link in self.links) and (left := deadline - time.monotonic()) > 0:
+            for want in self.wants():
+                loop.want(*want)
+            loop.wait(left)
+        for link in self.links:
+            if link.code is None:
+                link.kill()
+                link.reaped(os.waitpid(link.pid, 0)[1])
+
+
+def table(head: Row, rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of a table, its columns as wide as what is in them."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(2)]
+    for row in (head, *rows):
+        yield f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}"
+
+
+def _explain_python(python: str, noise: bytes, code: int | None) -> tuple[str, str]:
+    """Say why there is no supervisor though there was a login; by the last words of a shell or of Python."""
+    lines = [line.strip() for line in noise.decode(errors="replace").splitlines() if line.strip()]
+    said = lines[-1] if lines else f"{python} ended with code {code} and said nothing"
+    if re.search(r"unknown option -P|Unknown option: -P", "\n".join(lines)):
+        return f"{python} is older than 3.11", "install Python 3.11 or newer there, or name one: --python"
+    if "No module named" in said:
+        return f"{python}: {said.rpartition(': ')[2]}", f"`{python} -m pip install rt-collectives=={rt.__version__}` there"
+    if code in (126, 127):
+        return f"no Python at {python}", "install it there, or name one that all hosts have: --python"
+    return said, f"try `{python} -c 'import rt'` there"
+
+
+def _advice(problem: str) -> str:
+    if "is no address" in problem or "cannot listen" in problem:
+        return 'correct "ips" in the hostfile'
+    if "--cwd" in problem:
+        return "make that folder there, or copy one with --sync-code"
+    if "not on PATH" in problem:
+        return "install it there, or give its whole path"
+    return "copy it there, or let --sync-code do so"

@@ -1,0 +1,173 @@
+"""Which ranks run on which host, and what each is told about itself and the others.
+
+May live here: pure functions from options and what hosts have said to environments; the text of a dry run. May not: processes, sockets,
+the environment of this process.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rt._launch_options import FAMILIES, Options
+from rt._launch_ranks import NOT_INHERITED, THREADS, UNBUFFERED, environment
+from rt.hostfile import Host
+
+# What our own launcher tells a rank, and a launcher that runs inside of a rank must not pass on.
+_OWN = ("RT_RANK", "RT_WORLD_SIZE", "RT_LOCAL_RANK", "RT_LOCAL_SIZE", "RT_COORDINATOR", "RT_SECRET_FD", "RT_JOB_ID")
+
+
+@dataclass(frozen=True)
+class Crew:
+    """A host and the ranks on it, as there is one supervisor for all of them."""
+
+    host: Host
+    ranks: tuple[int, ...]
+
+
+@dataclass
+class Ground:
+    """What a crew's host has said.
+
+    Attributes:
+        address: at which other hosts reach it.
+        listening: rank 0's host: the port of its listening socket, 0 if it has none.
+        ports: per rank and address free ports, as many as there are connections.
+        gpus: its CUDA_VISIBLE_DEVICES.
+    """
+
+    address: str
+    listening: int = 0
+    ports: dict[int, list[tuple[str, int]]] = field(default_factory=dict)
+    gpus: str | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a rank is told: variables, and variables that are to name a file with this content."""
+
+    variables: dict[str, str]
+    files: dict[str, str]
+
+
+def crews(hosts: Sequence[Host]) -> tuple[Crew, ...]:
+    """Return each host once, in the order in which they come, with its ranks."""
+    found: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        found.setdefault("" if host.is_local else host.ssh, []).append(rank)
+    return tuple(Crew(hosts[ranks[0]], tuple(ranks)) for ranks in found.values())
+
+
+def travelling(options: Options, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that go along to other hosts: some families of the launcher's own, then what the user chose."""
+    kept = {name: value for name, value in inherited.items() if name.startswith(FAMILIES) and name not in (*NOT_INHERITED, *_OWN)}
+    return (kept if options.travels else {}) | options.environment
+
+
+def uses_ring_file(options: Options) -> bool:
+    """Say whether ranks meet by a ring file: where every host has addresses of its own, or ports were chosen; else at rank 0's address."""
+    return options.size > 1 and (options.starting_port is not None or all(host.ips for host in options.hosts))
+
+
+def ring_addresses(options: Options, rank: int, address: str) -> list[str]:
+    """Return the addresses of a rank in the ring file, each as often as it is to have connections."""
+    return [ip for ip in options.hosts[rank].ips or (address,) for _ in range(options.connections_per_ip)]
+
+
+def told(options: Options, crewed: Sequence[Crew], grounds: Sequence[Ground], allowed_gpus: str | None) -> list[Told]:
+    """Return what each rank is told, in the order of the ranks.
+
+    Args:
+        options: the command line.
+        crewed: all hosts.
+        grounds: what each of them has said.
+        allowed_gpus: CUDA_VISIBLE_DEVICES as it travels, None to use each host's own.
+    """
+    place = {rank: (crew, ground) for crew, ground in zip(crewed, grounds, strict=True) for rank in crew.ranks}
+    ring = json.dumps(_ring(options, place))
+    rdma = json.dumps([host.rdma for host in options.hosts])
+    first = options.hosts[0].ips[0] if options.hosts[0].ips else place[0][1].address
+    all_told = []
+    for rank in range(options.size):
+        crew, ground = place[rank]
+        local = crew.ranks.index(rank)
+        variables = identity(rank, options.size, local, len(crew.ranks))
+        files: dict[str, str] = {}
+        if uses_ring_file(options):
+            files["RT_HOSTFILE"] = ring
+        else:
+            variables["RT_COORDINATOR"] = show_address(first, place[0][1].listening)
+            if options.connections_per_ip > 1:
+                variables["RT_CONNECTIONS_PER_IP"] = str(options.connections_per_ip)
+        if options.backend:
+            variables["RT_BACKEND"] = options.backend.removesuffix("-ring")
+        if options.backend == "nccl":
+            gpus = allowed_gpus if allowed_gpus is not None else ground.gpus
+            variables |= {"NCCL_HOST_IP": first, "NCCL_PORT": str(options.nccl_port), "CUDA_VISIBLE_DEVICES": nth_gpu(gpus, local)}
+        elif options.backend.startswith("jaccl"):
+            for prefix in ("RT", "MLX"):
+                variables[f"{prefix}_JACCL_COORDINATOR"] = show_address(first, options.starting_port or 32323)
+                files[f"{prefix}_IBV_DEVICES"] = rdma
+                if options.backend == "jaccl-ring":
+                    variables[f"{prefix}_JACCL_RING"] = "1"
+        elif options.size > 1:  # MLX has no ring of one, and finds that it is alone if nothing is said
+            files["MLX_HOSTFILE"] = ring
+        if options.size > 1:
+            variables |= {"MLX_RANK": str(rank), "MLX_WORLD_SIZE": str(options.size)}
+        all_told.append(Told(variables, files))
+    return all_told
+
+
+def identity(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
+    """Return what tells a rank who it is."""
+    numbers = {"RT_RANK": rank, "RT_WORLD_SIZE": size, "RT_LOCAL_RANK": local_rank, "RT_LOCAL_SIZE": local_size}
+    return {name: str(number) for name, number in numbers.items()}
+
+
+def nth_gpu(allowed: str | None, index: int) -> str:
+    """Return the GPU of a host's n-th rank: of those that CUDA_VISIBLE_DEVICES allows, "" if it does not allow as many."""
+    if allowed is None:
+        return str(index)
+    names = [name.strip() for name in allowed.split(",") if name.strip()]
+    return names[index] if index < len(names) else ""
+
+
+def show_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _ring(options: Options, place: Mapping[int, tuple[Crew, Ground]]) -> list[list[str]]:
+    """Return the ring file: with chosen ports these count over all hosts, addresses and connections, as in MLX."""
+    port = options.starting_port or 0
+    ring = []
+    for rank in range(options.size):
+        _, ground = place[rank]
+        if options.starting_port is None:
+            ring.append([show_address(host, free) for host, free in ground.ports.get(rank, [])])
+            continue
+        addresses = ring_addresses(options, rank, ground.address)
+        ring.append([show_address(host, port + index) for index, host in enumerate(addresses)])
+        port += len(addresses)
+    return ring
+
+
+def dry_run(options: Options, inherited: Mapping[str, str], address: str) -> Iterator[str]:
+    """Yield the lines of a shell that would start the ranks, one line for each.
+
+    A secret is not among them: the launcher makes one for every job, and ranks that find none use their user's own.
+    """
+    yield "# One command for each rank, in a terminal of its own. rt.launch hands over a secret too, and to rank 0 a listening socket."
+    shared = environment(inherited, options.environment, options.size)
+    gone = [word for name in NOT_INHERITED if name in inherited and name not in options.environment for word in ("-u", name)]
+    named = [name for name in (UNBUFFERED, *THREADS, *options.environment) if name in shared and name != "RT_SECRET"]
+    for rank in range(options.size):
+        told = {name: shared[name] for name in named} | identity(rank, options.size, rank, options.size) | {"RT_COORDINATOR": address}
+        words = ["env", *gone, *(f"{name}={value}" for name, value in told.items()), *options.command]
+        yield (f"cd {shlex.quote(options.cwd)} && " if options.cwd else "") + shlex.join(words)
