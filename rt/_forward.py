@@ -126,6 +126,8 @@ class Stream:
             text = os.read(self.fd, READ_BYTES)
         except BlockingIOError:
             return
+        except OSError:  # EIO: a terminal that nobody has any more
+            text = b""
         if text:
             self.take(text)
         else:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -18,9 +20,11 @@ from rt._launch_link import Link, RemoteFeed, RemoteRank, Want
 from rt._launch_loop import Loop
 from rt._launch_options import Options
 from rt._launch_plan import Ground, crews, is_loopback, nth_gpu, ring_addresses, told, travelling, uses_ring_file
+from rt._launch_ranks import Files
 from rt.secret import make_key
 
 READY_SECONDS = 30.0  # for a host to connect, start Python and look around
+_PAUSE_SECONDS = 1.0  # for saying that we are going to be stopped
 _LEAVE_SECONDS = 5.0  # for a supervisor to end what is left
 
 Row = tuple[str, str, str]
@@ -36,16 +40,20 @@ class Hosts:
         failure: why they cannot be, "" if nothing speaks against it.
     """
 
-    def __init__(self, options: Options, job: str, environ: Mapping[str, str], tie: Callable[[], None]) -> None:
+    def __init__(
+        self, options: Options, job: str, environ: Mapping[str, str], tie: Callable[[], None], report: Callable[[str], None]
+    ) -> None:
         self._options = options
+        self._report = report
         self._job = job
         self._environ = environ
         self._crews = crews(options.hosts)
-        self.links = [Link(crew, options.python, len(self._crews) > 1, tie) for crew in self._crews]
+        self.links = [Link(crew, options.python, len(self._crews) > 1, tie, report) for crew in self._crews]
         every = {rank: remote for link in self.links for rank, remote in link.ranks.items()}
         self.ranks = [every[rank] for rank in range(options.size)]
         self.ready = False
         self.failure = ""
+        report(f"connecting to {self.awaited}")
         self._asked: list[Link] | None = None  # those that have been sent a CHECK, once all have said HELLO
         self._rows: list[Row] = []
         self._deadline = time.monotonic() + READY_SECONDS
@@ -91,6 +99,11 @@ class Hosts:
         return found
 
     @property
+    def awaited(self) -> str:
+        """The hosts that have not answered, "" once the ranks have been told to start."""
+        return "" if self.ready else ", ".join(link.crew.host.name for link in self.links if link.checked is None and not link.over)
+
+    @property
     def feeds(self) -> list[RemoteFeed]:
         """The stdin of each rank."""
         return [link.feeds[rank] for link in self.links for rank in link.crew.ranks]
@@ -116,7 +129,7 @@ class Hosts:
             addresses = {str(rank): ring_addresses(self._options, rank, ground.address) for rank in ranks if ground.address}
             listen = ground.address if 0 in link.crew.ranks and not uses_ring_file(self._options) else ""
             job = {"command": self._options.command, "cwd": self._options.cwd, "default_cwd": os.getcwd(), "size": self._options.size}
-            link.send(Kind.CHECK, 0, job | {"listen": listen, "addresses": addresses, "tty": self._options.tty})
+            link.send(Kind.CHECK, 0, job | {"listen": listen, "addresses": addresses})
 
     def _unreachable(self, link: Link, late: bool) -> Row | None:
         """Say why a host has not said what it is, or that it is of another version."""
@@ -189,30 +202,47 @@ class Hosts:
             ground.listening = link.checked["listening"]
             ground.ports = {int(rank): [(host, port) for host, port in ports] for rank, ports in link.checked["ports"].items()}
         environment = travelling(self._options, self._environ)
+        where = ", ".join(f"{ground.address} ({link.crew.host.name})" for link, ground in zip(self.links, self._grounds, strict=True))
+        self._report(f"{self._options.size} ranks of {shlex.join(self._options.command)} on {len(self.links)} hosts: {where}")
+        self._report(f"variables that go along: {', '.join(sorted(environment)) or 'none'}")
         words = told(self._options, self._crews, self._grounds, environment.get("CUDA_VISIBLE_DEVICES"))
         secret = make_key()
         for link in self.links:
             ranks = {str(rank): {"variables": words[rank].variables, "files": words[rank].files} for rank in link.crew.ranks}
-            link.send(Kind.START, 0, {"ranks": ranks, "environment": environment, "secret": secret, "job": self._job})
+            files = Files.TERMINAL if self._options.tty else Files.PIPES
+            job = {"ranks": ranks, "environment": environment, "secret": secret, "job": self._job, "files": files.value}
+            link.send(Kind.START, 0, job)
             link.started = True
         self.ready = True
+
+    def sleep(self) -> None:
+        """Stop this process until it is told to go on, as Ctrl-Z does, and have the hosts wait."""
+        for link in self.links:
+            link.send(Kind.PAUSE)
+        self._pump(lambda: all(link.over or link.has_said_all for link in self.links), _PAUSE_SECONDS)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for link in self.links:
+            link.wake_up()
 
     # --- the end
 
     def leave(self, *, sweep: bool) -> None:
         """End the supervisors and wait for them, within reason."""
-        deadline = time.monotonic() + _LEAVE_SECONDS
         for link in self.links:
             link.leave(sweep=sweep)
-        loop = Loop()
-        while not all(link.over for link in self.links) and (left := deadline - time.monotonic()) > 0:
-            for want in self.wants():
-                loop.want(*want)
-            loop.wait(left)
+        self._pump(lambda: all(link.over for link in self.links), _LEAVE_SECONDS)
         for link in self.links:
             if link.code is None:
                 link.kill()
                 link.reaped(os.waitpid(link.pid, 0)[1])
+
+    def _pump(self, done: Callable[[], bool], patience: float) -> None:
+        """Do nothing but talk with the hosts until ``done``, or time is up."""
+        deadline, loop = time.monotonic() + patience, Loop()
+        while not done() and (left := deadline - time.monotonic()) > 0:
+            for want in self.wants():
+                loop.want(*want)
+            loop.wait(left)
 
 
 def table(head: Row, rows: Sequence[Row]) -> Iterator[str]:

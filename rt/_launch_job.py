@@ -17,7 +17,6 @@ import secrets
 import select
 import shlex
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -28,16 +27,17 @@ from typing import IO
 from rt._forward import BACKLOG_BYTES, Sink, Stream
 from rt._frames import Kind
 from rt._launch_guard import Guard
+from rt._launch_handed import Handed
 from rt._launch_hosts import Hosts
 from rt._launch_input import Feed, Input
 from rt._launch_link import RemoteStream
 from rt._launch_loop import Loop
 from rt._launch_options import Options
-from rt._launch_plan import identity
+from rt._launch_plan import Ground, Told, crews, nth_gpu, ring_addresses, show_address, told
 from rt._launch_ranks import (
     THREADS,
+    Files,
     LocalRank,
-    Pipes,
     Rank,
     cores,
     environment,
@@ -85,7 +85,8 @@ class Job:
     def __enter__(self) -> Job:
         """Have signals wake the loop, from before the first rank exists."""
         ignored = [number for number in _STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN]  # nohup and "&" do so: so do we
-        self._loop.watch_signals([number for number in (*_STOP_SIGNALS, signal.SIGCHLD) if number not in ignored], self._on_signals)
+        watched = (*_STOP_SIGNALS, signal.SIGCHLD, *([signal.SIGTSTP] if self._options.remote else []))
+        self._loop.watch_signals([number for number in watched if number not in ignored], self._on_signals)
         self._job_id = secrets.token_hex(8)
         self._guard = Guard(self._job_id)
         return self
@@ -123,40 +124,59 @@ class Job:
         return [(FileIO(f"{name}.out", "w"), FileIO(f"{name}.err", "w")) for name in names]
 
     def _start(self, logs: list[tuple[FileIO, FileIO]]) -> None:
-        command, size = self._options.command, self._options.size
-        shared = environment(os.environ, self._options.environment, size)
+        options, command = self._options, self._options.command
+        shared = environment(os.environ, options.environment, options.size)
         tie = tie_to_this_process(self._guard)
-        alone = size == 1  # it keeps our stdin and, unless its output is wanted, stdout and stderr: nothing to tell apart
-        pipes = Pipes(input=not alone, output=not alone or self._options.prefix == "always" or self._options.log_dir is not None)
+        handed = Handed()
+        gpus = options.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if options.backend == "nccl" and not nth_gpu(gpus, options.size - 1):
+            self._fail(2, f"CUDA_VISIBLE_DEVICES: found {gpus!r} for {options.size} ranks, expected a GPU for each")
+            return
+        words, address = self._tell(handed, gpus)
+        self._report(f"{options.size} ranks of {shlex.join(command)}; coordinator {address}")
+        self._report(f"{cores()} cores; " + ", ".join(f"{name}={shared.get(name, 'unset')}" for name in THREADS))
         feeds: list[Feed] = []
         secret = make_secret_fd()
-        with os.fdopen(secret, "rb"), socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
-            address = f"127.0.0.1:{listener.getsockname()[1]}"
-            self._report(f"{size} ranks of {shlex.join(command)}; coordinator {address}")
-            self._report(f"{cores()} cores; " + ", ".join(f"{name}={shared.get(name, 'unset')}" for name in THREADS))
-            for rank in range(size):
-                told = shared | identity(rank, size, rank, size) | {"RT_COORDINATOR": address, "RT_JOB_ID": self._job_id}
-                told["RT_SECRET_FD"] = str(secret)
-                inherited = [secret]
-                if rank == 0:  # it inherits the listening socket: nobody can take its port in between
-                    told["RT_COORDINATOR_FD"] = str(listener.fileno())
-                    inherited.append(listener.fileno())
+        with os.fdopen(secret, "rb"):
+            for rank, told in enumerate(words):
+                variables = shared | told.variables | handed.variables(rank, told.files)
+                variables |= {"RT_JOB_ID": self._job_id, "RT_SECRET_FD": str(secret)}
                 try:
-                    process = spawn(command, self._options.cwd, told, inherited, tie, pipes)
+                    child = spawn(command, options.cwd, variables, [secret, *handed.inherited(rank)], tie, self._files())
                 except OSError as error:
                     self._fail(2, f"cannot start rank {rank}: {command[0]}: {error.strerror}")
-                    return
-                self._ranks.append(LocalRank(rank, process, self._guard))
-                self._report(f"rank {rank} is process {process.pid}")
-                self._forward(self._ranks[-1], process.stdout, process.stderr, logs)
-                if process.stdin is not None:
-                    feeds.append(Feed(rank, process.stdin))
-        if feeds:
+                    break
+                self._ranks.append(LocalRank(rank, child.process, self._guard))
+                self._report(f"rank {rank} is process {child.process.pid}")
+                self._forward(self._ranks[-1], child.out, child.err, logs)
+                if child.input is not None:
+                    feeds.append(Feed(rank, child.input))
+        handed.started()
+        if feeds and self._plan is None:
             self._input = Input(0, feeds, self._grace, self._say)
+
+    def _tell(self, handed: Handed, gpus: str | None) -> tuple[list[Told], str]:
+        """Return what each rank is told, and where they meet."""
+        options = self._options
+        ground = Ground("127.0.0.1", handed.listen("127.0.0.1", options.size))
+        if options.starting_port is None and options.size > 1:
+            ground.ports = {rank: handed.free_ports(ring_addresses(options, rank, ground.address)) for rank in range(options.size)}
+        handed.let_go()
+        words = told(options, crews(options.hosts), [ground], gpus)
+        return words, show_address(ground.address, ground.listening)
+
+    def _files(self) -> Files:
+        """Return what ranks here have as standard files: one that is alone keeps ours, there is nothing to tell apart."""
+        if self._options.tty:
+            return Files.TERMINAL
+        if self._options.size > 1:
+            return Files.PIPES
+        return Files.OUR_INPUT if self._options.prefix == "always" or self._options.log_dir is not None else Files.OURS
 
     def _start_elsewhere(self, logs: list[tuple[FileIO, FileIO]]) -> None:
         """Begin to connect to all hosts; the rest comes when they have answered."""
-        self._hosts = hosts = Hosts(self._options, self._job_id, os.environ, tie_to_this_process(self._guard))
+        tie = tie_to_this_process(self._guard)
+        self._hosts = hosts = Hosts(self._options, self._job_id, os.environ, tie, self._report)
         self._ranks = [*hosts.ranks]
         for rank in hosts.ranks:
             out_log, err_log = logs[rank.index] if logs else (None, None)
@@ -240,9 +260,11 @@ class Job:
             self._fail(128 + signal.SIGPIPE if gone else 1, why)
         self._judge()
         if self._limit is not None and self._limit <= now and not self._all_ended():
+            awaited = self._hosts.awaited if self._hosts is not None else ""
             late = [str(rank.index) for rank in self._ranks if rank.code is None]
             running = f"rank {late[0]} was" if len(late) == 1 else f"ranks {', '.join(late)} were"
-            self._fail(TIMED_OUT, f"ended by --timeout {self._options.timeout:g}: {running} still running")
+            found = f"no answer yet from {awaited}" if awaited else f"{running} still running"
+            self._fail(TIMED_OUT, f"ended by --timeout {self._options.timeout:g}: {found}")
         if self._plan is None and self._all_ended() and not self._all_quiet() and not self._out.waiting and not self._err.waiting:
             # Helpers of ranks (multiprocessing's resource tracker, tee in a shell) may finish their work, but not for ever.
             self._end((0, self._grace), (signal.SIGTERM, self._grace), (signal.SIGKILL, self._grace))
@@ -267,6 +289,8 @@ class Job:
         for number in numbers:
             if number == signal.SIGCHLD:
                 self._reap()
+            elif number == signal.SIGTSTP and self._hosts is not None:
+                self._hosts.sleep()  # Ctrl-Z: the hosts would else take us for dead
             elif number in _STOP_SIGNALS:
                 self._stop(number)
 

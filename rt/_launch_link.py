@@ -39,7 +39,7 @@ class RemoteRank(Rank):
         if self.gone or number == 0:  # a host says by itself when a group has gone
             return
         if self.link.lost or not self.link.started:
-            self.gone = True
+            self.code, self.gone = -number, True  # as good as ended by it
         else:
             self.link.send(Kind.SIGNAL, self.index, number)
 
@@ -126,8 +126,9 @@ class Link:
         leaving: whether it has been told to end.
     """
 
-    def __init__(self, crew: Crew, python: str, shown: bool, tie: Callable[[], None]) -> None:
+    def __init__(self, crew: Crew, python: str, shown: bool, tie: Callable[[], None], report: Callable[[str], None]) -> None:
         self.crew = crew
+        self._report = report
         self.ranks = {rank: RemoteRank(rank, crew.host.name if shown else "", self) for rank in crew.ranks}
         self.hello: dict[str, Any] | None = None
         self.checked: dict[str, Any] | None = None
@@ -187,6 +188,15 @@ class Link:
             self._beaten = now
         if self.hello is not None and self._heard + SILENCE_SECONDS <= now:
             self.lose(f"no sign of life from {self.crew.host.name} for {SILENCE_SECONDS:g} seconds")
+
+    @property
+    def has_said_all(self) -> bool:
+        """Whether nothing waits to be sent."""
+        return not self._out.waiting
+
+    def wake_up(self) -> None:
+        """Begin to listen anew, after this process was stopped: what was said meanwhile has not been heard yet."""
+        self._heard, self._beaten = time.monotonic(), 0.0
 
     def send(self, kind: Kind, rank: int = 0, payload: bytes | memoryview | int | dict[str, Any] = b"") -> None:
         if not self.lost and not self.leaving and self._out.broken is None:
@@ -248,6 +258,7 @@ class Link:
             self.streams[rank.index, said.kind].arrive(said.payload)
         elif said.kind == Kind.STARTED:
             rank.pid = said.number
+            self._report(f"{rank} is process {rank.pid}")
         elif said.kind == Kind.EXIT and rank.code is None:
             rank.code = said.number
             self.ended.append(rank)

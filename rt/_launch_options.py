@@ -107,6 +107,8 @@ def parse(argv: Sequence[str]) -> Options:
         parser.exit()
     try:
         hostfile = _hosts(found)
+        if found.sync_code is not None and not os.path.isdir(found.sync_code):
+            raise ValueError(f"argument --sync-code: found {found.sync_code!r}, expected a folder that exists")
         backend = _backend(found.backend or hostfile.backend, found, hostfile)
         if all(host.is_local for host in hostfile.hosts):
             _checked_folder(found.cwd)
@@ -274,7 +276,7 @@ def executable(command: Sequence[str], python: str, cwd: str | None) -> list[str
     if not command[0].endswith(".py"):
         return [_found("program", command[0], folder), *command[1:]]
     if not os.path.isfile(os.path.join(folder, command[0])):
-        raise ValueError(f"program {command[0]!r} not found{_in(folder)}: no such file")
+        raise ValueError(f"program {command[0]!r} not found{_in(folder, command[0])}: no such file")
     interpreter = _found("--python", python, "")
     return [os.path.abspath(interpreter), "-u", *command]
 
@@ -287,9 +289,9 @@ def _found(what: str, name: str, folder: str) -> str:
             raise ValueError(f"{what} {name!r} not found: not on PATH")
         return os.path.abspath(path)
     if shutil.which(os.path.join(folder, name)) is None:
-        raise ValueError(f"{what} {name!r} not found{_in(folder)}: no such executable file")
+        raise ValueError(f"{what} {name!r} not found{_in(folder, name)}: no such executable file")
     return name
 
 
-def _in(folder: str) -> str:
-    return f" in {folder!r}" if folder else ""
+def _in(folder: str, name: str) -> str:
+    return f" in {folder!r}" if folder and not os.path.isabs(name) else ""

@@ -68,8 +68,8 @@ def travelling(options: Options, inherited: Mapping[str, str]) -> dict[str, str]
 
 
 def uses_ring_file(options: Options) -> bool:
-    """Say whether ranks meet by a ring file: where every host has addresses of its own, or ports were chosen; else at rank 0's address."""
-    return options.size > 1 and (options.starting_port is not None or all(host.ips for host in options.hosts))
+    """Say whether ranks meet by a ring file: where all hosts have addresses of their own, or ports were chosen; else at rank 0's."""
+    return options.size > 1 and (options.starting_port is not None or (options.remote and all(host.ips for host in options.hosts)))
 
 
 def ring_addresses(options: Options, rank: int, address: str) -> list[str]:
@@ -164,10 +164,24 @@ def dry_run(options: Options, inherited: Mapping[str, str], address: str) -> Ite
     A secret is not among them: the launcher makes one for every job, and ranks that find none use their user's own.
     """
     yield "# One command for each rank, in a terminal of its own. rt.launch hands over a secret too, and to rank 0 a listening socket."
-    shared = environment(inherited, options.environment, options.size)
+    if options.remote:
+        yield "# Across hosts they need a secret: make a file with mode 0600, copy it to all, and set RT_SECRET_FILE."
     gone = [word for name in NOT_INHERITED if name in inherited and name not in options.environment for word in ("-u", name)]
-    named = [name for name in (UNBUFFERED, *THREADS, *options.environment) if name in shared and name != "RT_SECRET"]
-    for rank in range(options.size):
-        told = {name: shared[name] for name in named} | identity(rank, options.size, rank, options.size) | {"RT_COORDINATOR": address}
-        words = ["env", *gone, *(f"{name}={value}" for name, value in told.items()), *options.command]
-        yield (f"cd {shlex.quote(options.cwd)} && " if options.cwd else "") + shlex.join(words)
+    for crew in crews(options.hosts):
+        shared = environment(inherited, options.environment, len(crew.ranks))
+        chosen = [UNBUFFERED, *THREADS, *options.environment]
+        named = {name: shared[name] for name in chosen if name in shared and name != "RT_SECRET"}
+        if not crew.host.is_local:
+            named = travelling(options, inherited) | named
+        for local, rank in enumerate(crew.ranks):
+            told = named | identity(rank, options.size, local, len(crew.ranks)) | {"RT_COORDINATOR": address}
+            unset = gone if crew.host.is_local else []
+            words = shlex.join(["env", *unset, *(f"{name}={value}" for name, value in told.items()), *_with_python(options)])
+            line = (f"cd {shlex.quote(options.cwd)} && " if options.cwd else "") + words
+            yield line if crew.host.is_local else shlex.join(["ssh", crew.host.ssh, line])
+
+
+def _with_python(options: Options) -> list[str]:
+    """Return the command as it would be run where nobody has looked whether it exists."""
+    is_script = options.remote and options.command[0].endswith(".py")
+    return [options.python, "-u", *options.command] if is_script else options.command

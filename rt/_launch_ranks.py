@@ -7,13 +7,16 @@ May live here: environments and processes. May not: who a rank is (``_launch_pla
 from __future__ import annotations
 
 import ctypes
+import enum
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from rt._launch_guard import Guard
 
@@ -31,14 +34,22 @@ NOT_INHERITED = (
 )
 
 
-class Pipes(NamedTuple):
-    """Which of a rank's standard files are pipes to us."""
+class Files(enum.Enum):
+    """What a rank has as stdin, stdout and stderr."""
 
-    input: bool = True
-    output: bool = True
+    PIPES = "pipes"
+    OUR_INPUT = "our input"  # pipes for stdout and stderr
+    OURS = "ours"
+    TERMINAL = "terminal"  # of its own
 
 
-_ALL_PIPES = Pipes()
+class Child(NamedTuple):
+    """A started process and our ends of its standard files, None where there is none."""
+
+    process: subprocess.Popen[bytes]
+    input: IO[bytes] | None
+    out: IO[bytes] | None
+    err: IO[bytes] | None
 
 
 @dataclass(eq=False)
@@ -126,8 +137,8 @@ def spawn(
     environment: Mapping[str, str],
     inherited: Sequence[int],
     tie: Callable[[], None],
-    pipes: Pipes = _ALL_PIPES,
-) -> subprocess.Popen[bytes]:
+    files: Files | str = Files.PIPES,
+) -> Child:
     """Start one rank.
 
     Args:
@@ -136,20 +147,51 @@ def spawn(
         environment: all of it.
         inherited: descriptors that it gets, under their own numbers.
         tie: called between fork and exec, see :func:`tie_to_this_process`.
-        pipes: which of its standard files are pipes; the others are ours.
+        files: its standard files.
     """
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE if pipes.input else None,
-        stdout=subprocess.PIPE if pipes.output else None,
-        stderr=subprocess.PIPE if pipes.output else None,
-        bufsize=0,
-        env=environment,
-        cwd=cwd,
-        pass_fds=inherited,
-        start_new_session=True,  # not only a group: a lone rank may read our terminal without being stopped by SIGTTIN
-        preexec_fn=tie,
-    )
+    files = Files(files)
+
+    def start(stdin: int | None, out: int | None, err: int | None, prepare: Callable[[], None]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=out,
+            stderr=err,
+            bufsize=0,
+            env=environment,
+            cwd=cwd,
+            pass_fds=inherited,
+            start_new_session=True,  # not only a group: a lone rank may read our terminal without being stopped by SIGTTIN
+            preexec_fn=prepare,
+        )
+
+    if files is Files.TERMINAL:
+        return _on_a_terminal(start, tie)
+    output = None if files is Files.OURS else subprocess.PIPE
+    process = start(subprocess.PIPE if files is Files.PIPES else None, output, output, tie)
+    return Child(process, process.stdin, process.stdout, process.stderr)
+
+
+def _on_a_terminal(start: Callable[..., subprocess.Popen[bytes]], tie: Callable[[], None]) -> Child:
+    """Start a rank on a terminal of its own, which neither echoes nor changes what is written."""
+    ours, its = os.openpty()
+    mode = termios.tcgetattr(its)
+    mode[1] &= ~termios.OPOST
+    mode[3] &= ~termios.ECHO
+    termios.tcsetattr(its, termios.TCSANOW, mode)
+
+    def prepare() -> None:
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+        tie()
+
+    try:
+        process = start(its, its, its, prepare)
+    except OSError:
+        os.close(ours)
+        raise
+    finally:
+        os.close(its)
+    return Child(process, os.fdopen(os.dup(ours), "wb", 0), os.fdopen(ours, "rb", 0), None)
 
 
 def tie_to_this_process(guard: Guard) -> Callable[[], None]:

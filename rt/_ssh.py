@@ -18,13 +18,13 @@ CONNECT_SECONDS = 5
 FAILED = 255  # the exit code of ssh for failures of its own
 SILENCE_SECONDS = 3  # after which a host that does not answer has gone
 
-_OPTIONS = (
+OPTIONS = (
     *("-T", "-x", "-a"),  # no terminal, X11 or agent on the other side: a job needs none
     *("-o", "BatchMode=yes"),  # whoever would be asked a question sits nowhere
     *("-o", f"ConnectTimeout={CONNECT_SECONDS}"),
     *("-o", "ServerAliveInterval=1", "-o", f"ServerAliveCountMax={SILENCE_SECONDS}"),
     *("-o", "ControlMaster=no"),  # a connection of the user's may be shared, but ours ends with us
-    *("-o", "EscapeChar=none", "-o", "LogLevel=ERROR"),
+    *("-o", "EscapeChar=none", "-o", "LogLevel=INFO"),
 )
 
 _ADVICE = (
@@ -59,7 +59,7 @@ def command(host: Host, program: Sequence[str]) -> list[str]:
 
     The login shell of the user, whichever it is, gets one line in which each word is quoted.
     """
-    return list(program) if host.is_local else ["ssh", *_OPTIONS, "--", host.ssh, shlex.join(program)]
+    return list(program) if host.is_local else ["ssh", *OPTIONS, "--", host.ssh, shlex.join(program)]
 
 
 def ask(

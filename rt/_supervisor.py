@@ -12,13 +12,11 @@ line, and no file is written. Two rules:
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,9 +27,10 @@ import rt
 from rt._forward import BACKLOG_BYTES, READ_BYTES, Sink
 from rt._frames import BEAT_SECONDS, MARK, WINDOW_BYTES, Frame, Kind, Reader, frame
 from rt._launch_guard import Guard
+from rt._launch_handed import Handed, NoAddressError
 from rt._launch_loop import Loop
 from rt._launch_options import executable
-from rt._launch_ranks import LocalRank, environment, spawn, tie_to_this_process, wait_for_any
+from rt._launch_ranks import Child, LocalRank, environment, spawn, tie_to_this_process, wait_for_any
 from rt.secret import make_secret_fd
 
 SILENCE_SECONDS = 3.5  # of the launcher, after which it has gone
@@ -69,9 +68,7 @@ class Supervisor:
         self._ranks: dict[int, LocalRank] = {}
         self._flows: list[_Flow] = []
         self._feeds: dict[int, _Feed] = {}
-        self._held: dict[int, list[socket.socket]] = {}  # ports that are free, kept so until the ranks start
-        self._listener: socket.socket | None = None
-        self._files: dict[str, tuple[str, IO[bytes]]] = {}  # by content
+        self._handed = Handed()
         self._command: list[str] = []
         self._folder: str | None = None
         self._guard: Guard | None = None
@@ -154,12 +151,9 @@ class Supervisor:
         answer: dict[str, Any] = {"ports": {}, "listening": 0}
         try:
             if job["listen"]:
-                self._listener = _listen(job["listen"], max(128, job["size"]))
-                answer["listening"] = self._listener.getsockname()[1]
-            for rank, addresses in job["addresses"].items():
-                self._held[int(rank)] = held = [_listen(address) for address in addresses]
-                answer["ports"][rank] = [(address, sock.getsockname()[1]) for address, sock in zip(addresses, held, strict=True)]
-        except _NoAddressError as error:
+                answer["listening"] = self._handed.listen(job["listen"], job["size"])
+            answer["ports"] = {rank: self._handed.free_ports(addresses) for rank, addresses in job["addresses"].items()}
+        except NoAddressError as error:
             problems.append(str(error))
         self._say(Kind.CHECKED, 0, answer | {"problems": problems})
 
@@ -168,54 +162,30 @@ class Supervisor:
         self._guard = Guard(job["job"])
         tie = tie_to_this_process(self._guard)
         shared = environment(os.environ, job["environment"], len(job["ranks"])) | {"RT_JOB_ID": job["job"]}
-        for held in self._held.values():
-            for sock in held:
-                sock.close()
+        self._handed.let_go()
         secret = make_secret_fd(job["secret"])
         with os.fdopen(secret, "rb"):
-            shared["RT_SECRET_FD"] = str(secret)
             for name, told in job["ranks"].items():
                 rank = int(name)
-                variables, inherited = self._variables(told), [secret]
-                if rank == 0 and self._listener is not None:  # it inherits the socket: nobody can take its port in between
-                    variables["RT_COORDINATOR_FD"] = str(self._listener.fileno())
-                    inherited.append(self._listener.fileno())
-                inherited += [file.fileno() for _, file in self._files.values()]
+                variables = shared | told["variables"] | self._handed.variables(rank, told["files"]) | {"RT_SECRET_FD": str(secret)}
                 try:
-                    process = spawn(self._command, self._folder, shared | variables, inherited, tie)
+                    child = spawn(self._command, self._folder, variables, [secret, *self._handed.inherited(rank)], tie, job["files"])
                 except OSError as error:
                     self._say(Kind.REFUSED, rank, f"{self._command[0]}: {error.strerror}".encode())
                     break
-                self._add(LocalRank(rank, process, self._guard))
-        if self._listener is not None:
-            self._listener.close()
+                self._add(LocalRank(rank, child.process, self._guard), child)
+        self._handed.started()
 
-    def _variables(self, told: dict[str, dict[str, str]]) -> dict[str, str]:
-        return told["variables"] | {name: self._file(content) for name, content in told["files"].items()}
-
-    def _file(self, content: str) -> str:
-        """Return a path at which the ranks find this text: of a file without a name, where the system has such."""
-        if content in self._files:
-            return self._files[content][0]
-        file: Any
-        if hasattr(os, "memfd_create"):
-            file = os.fdopen(os.memfd_create("rt-launch"), "w+b", buffering=0)
-            path = f"/proc/self/fd/{file.fileno()}"
-        else:
-            file = tempfile.NamedTemporaryFile(prefix="rt-launch-", buffering=0)
-            path = file.name
-        file.write(content.encode())
-        self._files[content] = path, file
-        return path
-
-    def _add(self, rank: LocalRank) -> None:
-        process = rank.process
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            os.set_blocking(pipe.fileno(), False)
+    def _add(self, rank: LocalRank, child: Child) -> None:
         self._ranks[rank.index] = rank
-        self._flows += [_Flow(rank.index, Kind.OUT, process.stdout), _Flow(rank.index, Kind.ERR, process.stderr)]
-        self._feeds[rank.index] = _Feed(process.stdin, bytearray())
+        self._flows += [_Flow(rank.index, kind, pipe) for kind, pipe in ((Kind.OUT, child.out), (Kind.ERR, child.err)) if pipe is not None]
+        for pipe in (child.out, child.err, child.input):
+            if pipe is not None:
+                os.set_blocking(pipe.fileno(), False)
+        if child.input is not None:
+            self._feeds[rank.index] = _Feed(child.input, bytearray())
+        if child.err is None:
+            self._say(Kind.ERR, rank.index)  # a terminal has no stderr of its own
         self._say(Kind.STARTED, rank.index, rank.pid)
 
     def _take_input(self, said: Frame) -> None:
@@ -283,6 +253,8 @@ class Supervisor:
             data = os.read(flow.pipe.fileno(), min(READ_BYTES, flow.room))
         except BlockingIOError:
             return False
+        except OSError:  # EIO: nobody has the terminal any more
+            data = b""
         self._say(flow.kind, flow.rank, data)
         flow.room -= len(data)
         if not data:
@@ -362,10 +334,6 @@ Supervisor._acts = {
 }
 
 
-class _NoAddressError(Exception):
-    """This host has no such address."""
-
-
 def _about_this_host() -> dict[str, Any]:
     """Say what a launcher of any version understands."""
     client, _, server, *_ = [*os.environ.get("SSH_CONNECTION", "").split(), "", "", "", ""]
@@ -380,23 +348,6 @@ def _folder(asked: str | None, default: str) -> str | None:
     if asked is None and not os.path.isdir(default):
         return None
     return asked or default
-
-
-def _listen(address: str, backlog: int = 1) -> socket.socket:
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.bind(place)
-            sock.listen(backlog)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-    except OSError as error:
-        if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
-            raise _NoAddressError(f"{address} is no address of this host") from None
-        raise _NoAddressError(f"cannot listen at {address}: {error.strerror}") from None
 
 
 def main() -> int:

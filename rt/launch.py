@@ -1,8 +1,9 @@
-"""``rt.launch``: start the ranks of a job on this host, show what they write, and end them all together.
+"""``rt.launch``: start the ranks of a job, show what they write, and end them all together.
 
-May live here: the way from a command line to an exit code, in outline. May not: the parts. The command line is in ``_launch_options``, the
-loop in ``_launch_job``, processes in ``_launch_ranks``, what they write and read in ``_forward`` and ``_launch_input``, and what is left
-when the launcher itself is killed in ``_launch_guard``.
+May live here: the way from a command line to an exit code, in outline. May not: the parts. The command line is in ``_launch_options``, who
+is told what in ``_launch_plan``, the loop in ``_launch_job``, processes in ``_launch_ranks``, what they write and read in ``_forward`` and
+``_launch_input``, and what is left when the launcher itself is killed in ``_launch_guard``. Other hosts: ``_launch_hosts`` looks at them
+together, ``_launch_link`` is the connection to one, and ``_supervisor`` is at its far end.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from rt._launch_hosts import table
 from rt._launch_job import Job
-from rt._launch_options import parse
-from rt._launch_plan import dry_run
+from rt._launch_options import Options, parse
+from rt._launch_plan import dry_run, show_address
+from rt._launch_sync import sync
 
 GRACE = 5.0  # seconds between asking a process to end and killing it
 
@@ -31,12 +34,33 @@ def main(argv: Sequence[str] | None = None, *, grace: float = GRACE) -> int:
     _open_standard_files()
     options = parse(sys.argv[1:] if argv is None else argv)
     if options.dry_run:
-        with socket.create_server(("127.0.0.1", 0)) as listener:  # a port that is free, at least now
-            address = f"127.0.0.1:{listener.getsockname()[1]}"
-        print(*dry_run(options, os.environ, address), sep="\n")
+        print(*dry_run(options, os.environ, _meeting_place(options)), sep="\n")
         return 0
+    if options.sync_code is not None and not _synced(options.sync_code, options):
+        return 2
     with Job(options, grace) as job:
         return job.run()
+
+
+def _meeting_place(options: Options) -> str:
+    """Return an address at which ranks could meet: here a port that is free, at least now, else one that has to be."""
+    first = options.hosts[0]
+    if options.remote:
+        return show_address((*first.ips, first.name)[0], options.starting_port or 32323)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def _synced(folder: str, options: Options) -> bool:
+    """Copy the folder, and say where that did not work; Ctrl-C ends it as it would end rsync."""
+    try:
+        rows = sync(folder, options.hosts, verbose=options.verbose)
+    except KeyboardInterrupt:
+        rows = [(folder, "stopped while copying", "copies may be incomplete")]
+    if rows:
+        print(*table(("host", "found", "what to do"), rows), sep="\n", file=sys.stderr)
+        print(f"rt.launch: --sync-code {folder}: not copied everywhere, nothing was started", file=sys.stderr)
+    return not rows
 
 
 def _open_standard_files() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -56,25 +57,22 @@ def lines(process: subprocess.Popen[bytes], count: int) -> list[str]:
     return sorted(process.stdout.readline().decode() for _ in range(count))
 
 
-class Marked:
-    """Processes of a host that are alive now; they are looked at until they have ended."""
+class Watch:
+    """Processes of some hosts that live now; ``gone`` says whether they end in time."""
 
     def __init__(self, servers: Sequence[sshd.Server], mark: str) -> None:
-        self._fds = [os.pidfd_open(pid) for server in servers for pid in server.processes(mark)]
+        self._fds = {os.pidfd_open(pid) for server in servers for pid in server.processes(mark)}
         self.count = len(self._fds)
 
     def gone(self, since: float) -> bool:
-        """Say whether all have ended within ``DEADLINE`` of ``since``."""
-        import select
-
-        poll = select.poll()
-        for fd in self._fds:
+        """Wait until all have ended, at the longest until ``DEADLINE`` after ``since``."""
+        poll, left = select.poll(), set(self._fds)
+        for fd in left:
             poll.register(fd, select.POLLIN)
-        left = set(self._fds)
         while left and (patience := since + DEADLINE - time.monotonic()) > 0:
             for fd, _ in poll.poll(patience * 1000):
                 poll.unregister(fd)
-                left.discard(fd)
+                left.remove(fd)
         for fd in self._fds:
             os.close(fd)
         return not left

@@ -6,13 +6,22 @@ May live here: hosts that are well. May not: hosts, cables and launchers that br
 
 from __future__ import annotations
 
+import collections
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sshd
-from far import SCRIPT, launch
+from far import SCRIPT, command, launch
 from hosts import ROOT
+from launching import environment
 
 pytestmark = sshd.NEEDED
 DEMO = f"{ROOT}/examples/train_digits.py"
@@ -45,8 +54,192 @@ def test_ranks_are_where_they_should_be(site: sshd.Site, script: Path) -> None:
     assert run_source(site, script, source, "-n2", hosts=["host0", "host1"]) == twice
 
 
+# --- what ranks are told -------------------------------------------------------------------------------------------------------------
+
+
+def told(*names: str) -> str:
+    return f"print(*(os.environ.get(name) for name in {names}))"
+
+
+def test_variables_of_some_families_go_along(site: sshd.Site, script: Path, tmp_path: Path) -> None:
+    here = {"NCCL_X": "1", "RT_X": "2", "MLX_X": "3", "OMP_NUM_THREADS": "4", "CUDA_X": "5", "OTHER": "6"}
+    ours = {"RT_SECRET": "x" * 16, "RT_RANK": "9"}  # what says something about the launcher itself
+    for rank, line in enumerate(run_source(site, script, told(*here, *ours, "A", "B"), "--env", "A=a b", **here, **ours)):
+        assert line == f"[{rank} host{rank}] 1 2 3 4 5 None None {rank} a b None"
+    assert run_source(site, script, told("NCCL_X", "RT_X", "A"), "--no-env", "--env", "A=1", hosts=["host0"], **here) == ["None None 1"]
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps({"hosts": [{"ssh": "host3"}], "envs": ["A=file", "B=file"]}))
+    assert run_source(site, script, told("A", "B", "RT_X"), "--hostfile", str(file), "--env", "A=line", hosts=[], **here) == ["line file 2"]
+
+
+def test_the_secret_is_shared_and_shown_nowhere(site: sshd.Site, script: Path) -> None:
+    """Not on a command line or in an environment of any process that ranks can see, which is all of theirs, the launcher's and ssh's."""
+    source = """
+import hashlib
+secret = os.pread(int(os.environ["RT_SECRET_FD"]), 4096, 0).removeprefix(b"rt-secret:")
+assert len(secret) == 64
+processes = [name for name in os.listdir("/proc") if name.isdecimal()]
+seen = [open(f"/proc/{process}/{file}", "rb").read() for process in processes for file in ("cmdline", "environ")]
+assert len(seen) > 6 and not any(secret in text or bytes.fromhex(secret.decode()) in text for text in seen)
+print(hashlib.sha256(secret).hexdigest())
+"""
+    digests = {line.split()[-1] for line in run_source(site, script, source)}
+    assert len(digests) == 1 and digests != {line.split()[-1] for line in run_source(site, script, source)}
+    assert not any(digest in server.log.read_text() for server in site.servers for digest in digests)
+
+
+def test_a_ring_file_where_all_have_addresses_and_a_coordinator_else(site: sshd.Site, script: Path, tmp_path: Path) -> None:
+    source = "print(os.environ.get('RT_COORDINATOR'), open(os.environ['RT_HOSTFILE']).read() if 'RT_HOSTFILE' in os.environ else None)"
+    for line in run_source(site, script, source, hosts=["host1", "host0"]):
+        assert re.fullmatch(r"\[\d host\d\] 10\.2\.0\.2:\d+ None", line)
+    for line in run_source(site, script, source, "--connections-per-ip", "2", hosts=["10.2.0.2", "fd02::1"]):
+        ring = json.loads(line.partition("None ")[2])
+        assert [[re.sub(r"\d+$", "P", address) for address in entry] for entry in ring] == [["10.2.0.2:P"] * 2, ["[fd02::1]:P"] * 2]
+        assert len({address for entry in ring for address in entry}) == 4
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps([{"ssh": "host0", "ips": ["10.2.0.1", "fd02::1"]}, {"ssh": "host2", "ips": ["10.2.0.3", "fd02::3"]}]))
+    lines = run_source(site, script, source, "--hostfile", str(file), "-n2", "-p", "6000", "--connections-per-ip", "2", hosts=[])
+    rings = {line.partition("None ")[2] for line in lines}
+    entries = [
+        [f"{ip}:{6000 + 4 * rank + 2 * index + twice}" for index, ip in enumerate(ips) for twice in range(2)]
+        for rank, ips in enumerate([("10.2.0.1", "[fd02::1]")] * 2 + [("10.2.0.3", "[fd02::3]")] * 2)
+    ]
+    assert len(lines) == 4 and [json.loads(ring) for ring in rings] == [entries]
+
+
+def test_names_of_mlx(site: sshd.Site, script: Path) -> None:
+    source = "print(os.environ['MLX_RANK'], os.environ['MLX_WORLD_SIZE'], open(os.environ['MLX_HOSTFILE']).read())"
+    lines = run_source(site, script, source, hosts=["host0", "host1"])
+    assert [line.split()[2:4] for line in lines] == [["0", "2"], ["1", "2"]]
+    rings = {re.sub(r":\d+", ":P", line.partition("2 ")[2]) for line in lines}
+    assert rings == {'[["10.2.0.1:P"], ["10.2.0.2:P"]]'}
+
+
+def test_what_is_promised_for_nccl_and_jaccl(site: sshd.Site, script: Path, tmp_path: Path) -> None:
+    names = ("RT_BACKEND", "NCCL_HOST_IP", "NCCL_PORT", "MLX_WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
+    options = ("--backend", "nccl", "-n2")
+    lines = run_source(site, script, told(*names), *options, hosts=["host0", "host1"], CUDA_VISIBLE_DEVICES="5,7,9")
+    assert lines == [f"[{rank} host{rank // 2}] nccl 10.2.0.1 12345 4 {(5, 7)[rank % 2]}" for rank in range(4)]
+    lines = run_source(site, script, told(*names), *options, "--nccl-port", "99", hosts=["host0", "host1"])
+    assert lines == [f"[{rank} host{rank // 2}] nccl 10.2.0.1 99 4 {rank % 2}" for rank in range(4)]
+    file = tmp_path / "hosts.json"
+    rdma = [[None, "rdma_en2"], [["rdma_en3", "rdma_en4"], None]]
+    file.write_text(json.dumps([{"ssh": f"host{index}", "ips": [f"10.2.0.{index + 1}"], "rdma": row} for index, row in enumerate(rdma)]))
+    files = "print(open(os.environ['MLX_IBV_DEVICES']).read() == open(os.environ['RT_IBV_DEVICES']).read() == sys.argv[1], end=' ')\n"
+    script.write_text(SCRIPT + files + told("RT_BACKEND", "MLX_RANK", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING"))
+    for backend, ring in (("jaccl", "None"), ("jaccl-ring", "1")):
+        done = launch(site, "--hostfile", str(file), "--backend", backend, str(script), json.dumps(rdma), hosts=[])
+        assert sorted(done.stdout.splitlines()) == [f"[{rank} host{rank}] True jaccl {rank} 10.2.0.1:32323 {ring}" for rank in range(2)]
+
+
+# --- input and output ----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_rank_reads_all_of_our_input_and_its_end(site: sshd.Site, script: Path) -> None:
+    content = os.urandom(3_000_000)
+    script.write_text(SCRIPT + "import hashlib\nprint(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())")
+    done = launch(site, "-n2", str(script), stdin=content)
+    digest = hashlib.sha256(content).hexdigest()
+    assert sorted(done.stdout.splitlines()) == [f"[{rank} host{rank // 2}] {digest}" for rank in range(8)]
+
+
+def test_64_mib_of_output_of_each_rank_arrive_and_stdout_and_stderr_stay_apart(site: sshd.Site, script: Path, tmp_path: Path) -> None:
+    script.write_text(SCRIPT + "for _ in range(1 << 10): sys.stdout.write(f'{rank}' * 65535 + '\\n')\nprint('done', file=sys.stderr)")
+    with open(tmp_path / "out", "wb") as file:
+        line = command(site, "--log-dir", str(tmp_path / "logs"), "--prefix", "never", str(script))
+        done = subprocess.run(line, stdout=file, stderr=subprocess.PIPE, timeout=100, env=environment(), stdin=subprocess.DEVNULL)
+    assert (done.returncode, sorted(done.stderr.decode().splitlines())) == (0, ["done"] * 4)
+    counted = collections.Counter((tmp_path / "out").read_bytes().splitlines())
+    assert counted == {f"{rank}".encode() * 65535: 1 << 10 for rank in range(4)}
+    for rank in range(4):
+        assert (tmp_path / "logs" / f"rank{rank}.out").stat().st_size == 64 << 20
+
+
+def test_a_terminal_for_each_rank_where_that_is_wanted(site: sshd.Site, script: Path) -> None:
+    source = "print(sys.stdin.isatty(), sys.stdout.isatty(), sys.stderr.isatty(), input())"
+    script.write_text(SCRIPT + source)
+    expected = [f"[{rank}] True True True word" for rank in (0, 1)]
+    for hosts in (["host0", "host1"], []):
+        size = ["-n", "2"] if not hosts else []
+        done = launch(site, "--tty", *size, str(script), hosts=hosts, stdin=b"word\n")
+        assert done.returncode == 0, done.stderr
+        assert sorted(re.sub(" host.", "", line) for line in done.stdout.splitlines()) == expected
+
+
+# --- hosts by other names, and whole programs ----------------------------------------------------------------------------------------
+
+
+def test_hosts_by_any_name(site: sshd.Site, script: Path) -> None:
+    """Names of ssh's configuration, addresses, users, IPv6, and this host without ssh; they all reduce together."""
+    source = "import numpy as np\nimport rt.sync as rt\nprint(int(rt.all_sum(np.ones(1))[0]), 'SSH_CONNECTION' in os.environ)"
+    names = ["root@host0", "10.2.0.2", "root@[fd02::3]", "fd02::4", "localhost"]
+    shown = ["host0", "10.2.0.2", "fd02::3", "fd02::4", "localhost"]
+    lines = run_source(site, script, source, hosts=names)
+    assert lines == [f"[{rank} {name}] 5 {name != 'localhost'}" for rank, name in enumerate(shown)]
+    lines = run_source(site, script, source, hosts=["localhost", "host1"])  # rank 0, where all meet, is the one that ssh comes from
+    assert lines == ["[0 localhost] 2 False", "[1 host1] 2 True"]
+
+
+def test_a_login_shell_that_talks(tmp_path: Path) -> None:
+    chatter = tmp_path / "bashrc"
+    chatter.write_text("echo Welcome; echo to this host >&2\n")
+    with sshd.site(tmp_path, 1, prepare={0: [f"touch ~/.bashrc && mount --bind {chatter} ~/.bashrc"]}) as site:
+        done = launch(site, "echo", "said")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "said\n", "")
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_demo_trains_on_four_hosts(site: sshd.Site, size: int) -> None:
     done = launch(site, "-n", str(size), DEMO)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{4 * size} ranks, 20 epochs" in done.stdout and done.stdout.count(" ok ") == 3
+
+
+def test_four_hosts_learn_bit_for_bit_what_four_local_ranks_do(site: sshd.Site, script: Path) -> None:
+    source = f"""
+import hashlib
+sys.path.insert(0, {ROOT + "/examples"!r})
+import rt.sync, train_digits
+group = rt.sync.init()
+sys.argv = ["train_digits.py"]
+options = train_digits.parse(group.size())
+training, test = train_digits.load()
+average = train_digits.Averager("average")
+weights = train_digits.train(training, options, group.rank(), group.size(), average, train_digits.silent).weights
+print(hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights))).hexdigest())
+"""
+    far = {line.split()[-1] for line in run_source(site, script, source)}
+    here = {line.split()[-1] for line in run_source(site, script, source, "-n4", hosts=[])}
+    assert len(far) == 1 and far == here
+
+
+def test_code_is_copied_first_if_asked(tmp_path: Path) -> None:
+    code = tmp_path / "my code"
+    code.mkdir()
+    (code / "script.py").write_text("import helper; print(helper.NAME)")
+    (code / "helper.py").write_text("NAME = 'copied'")
+    elsewhere = {number: [f"mount -t tmpfs tmpfs '{code}'"] for number in range(2)}
+    with sshd.site(tmp_path, 2, prepare=elsewhere, ipv6=True) as site:
+        hosts = ["host0", "root@fd02::2", "localhost"]
+        assert launch(site, str(code / "script.py"), hosts=hosts).returncode == 2
+        done = launch(site, "--sync-code", str(code), str(code / "script.py"), hosts=hosts)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert sorted(line.split()[-1] for line in done.stdout.splitlines()) == ["copied"] * 3
+        done = launch(site, "--sync-code", str(code), "true", hosts=["host0", "no-such-name.invalid"])
+        assert done.returncode == 2 and done.stderr.splitlines()[1].startswith("no-such-name.invalid  ssh: Could not resolve")
+        assert done.stderr.splitlines()[-1] == f"rt.launch: --sync-code {code}: not copied everywhere, nothing was started"
+
+
+def test_a_dry_run_shows_what_to_type(site: sshd.Site) -> None:
+    done = launch(site, "--dry-run", "--env", "A=b c", "train.py", hosts=["localhost", "me@host1"], NCCL_X="1")
+    first, second, local, far = done.stdout.splitlines()
+    assert first.startswith("# One command") and "RT_SECRET_FILE" in second
+    assert "RT_RANK=0" in local and "'A=b c'" in local and local.endswith(f"{sys.executable} -u train.py")
+    ssh, host, line = shlex.split(far)
+    assert (ssh, host) == ("ssh", "me@host1")
+    assert {"RT_RANK=1", "A=b c", "NCCL_X=1", "RT_COORDINATOR=localhost:32323"} < set(shlex.split(line))
+
+
+def test_the_path_of_the_python(site: sshd.Site) -> None:
+    assert launch(site, "--print-python").stdout == f"{sys.executable}\n"
+    assert launch(site, "--python", "/other/python", "--print-python").stdout == "/other/python\n"
