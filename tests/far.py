@@ -20,10 +20,10 @@ SCRIPT = "import os, signal, sys\nrank = int(os.environ['RT_RANK'])\n"
 DEADLINE = 5.0  # seconds in which the ranks of a broken job are to have gone
 
 
-def command(site: sshd.Site, *arguments: str, hosts: Sequence[str] | None = None, grace: float = 5.0) -> list[str]:
+def command(site: sshd.Site, *arguments: str, hosts: Sequence[str] | None = None) -> list[str]:
     """Return the command line of a launcher at the desk; ``hosts`` None stands for all of the site, an empty one for none."""
     names = site.names if hosts is None else hosts
-    return site.command(*launcher(*(["--hosts", ",".join(names)] if names else []), *arguments, grace=grace))
+    return site.command(*launcher(*(["--hosts", ",".join(names)] if names else []), *arguments))
 
 
 def launch(
@@ -37,14 +37,12 @@ def launch(
 
 @contextlib.contextmanager
 def running(
-    site: sshd.Site, script: Path, source: str, *options: str, hosts: Sequence[str] | None = None, grace: float = 5.0, **extra: str
+    site: sshd.Site, script: Path, source: str, *options: str, hosts: Sequence[str] | None = None, arguments: Sequence[str] = ()
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a launcher of ``source`` and leave it running."""
     script.write_text(SCRIPT + source)
-    pipe, line = subprocess.PIPE, command(site, *options, str(script), hosts=hosts, grace=grace)
-    with subprocess.Popen(
-        line, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env=environment(**extra), start_new_session=True
-    ) as process:
+    pipe, line = subprocess.PIPE, command(site, *options, str(script), *arguments, hosts=hosts)
+    with subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env=environment(), start_new_session=True) as process:
         try:
             yield process
         finally:

@@ -74,6 +74,10 @@ class Host:
         """Return the command line that runs ``words`` here, apart from the processes of all other hosts."""
         return [*self._enter(), *_APART, *words]
 
+    def command_among_others(self, *words: str) -> list[str]:
+        """Return the command line that runs ``words`` here among this machine's processes: its own is the number of what it starts."""
+        return [*self._enter(), *words]
+
     def ip(self, words: str) -> str:
         """Run ``ip`` here and return what it prints."""
         return self._run("ip", *words.split())

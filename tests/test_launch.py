@@ -6,6 +6,7 @@ ranks here are small scripts that never import ``rt``, so that a failure is the 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -96,6 +97,16 @@ open({str(fifo)!r}, "w").close()
         (["-n", "2", "--cwd", "/", "./program"], "program './program' not found in '/': no such executable file"),
         (["-n", "2", "--cwd"], "argument --cwd: expected one argument"),
         (["-n", "2", "--verb", "true"], "unrecognized arguments: --verb"),
+        (["-n", "2", "--hosts", "a", "--hostfile", "F", "true"], "--hosts and --hostfile: found both, expected one of them"),
+        (["--hosts", "a,,b", "true"], "--hosts: entry [1] of 'a,,b': found '', expected a host's name"),
+        (["--hosts", "a"], "no program given"),
+        (["--hostfile", "/no/file", "true"], "hostfile /no/file: found 'No such file or directory', expected a JSON list of hosts"),
+        (["-n", "2", "--backend", "gloo", "true"], "argument --backend: found 'gloo', expected one of ring, mpi, nccl, jaccl, jaccl-ring"),
+        (["-n", "2", "--backend", "mpi", "true"], "--backend mpi: not here yet"),
+        (["-n", "2", "--mpi-arg", "x", "true"], "argument --mpi-arg: found 'x' without --backend mpi, expected none"),
+        (["--hosts", "a,b", "--backend", "jaccl", "true"], '--backend jaccl: host [0] (a): "rdma": found 0 entries, expected 2'),
+        (["-n", "2", "-p", "70000", "true"], "argument -p/--starting-port: found '70000', expected a port from 1 to 65535"),
+        (["-n", "2", "--sync-code", "/no/folder", "true"], "argument --sync-code: found '/no/folder', expected a folder that exists"),
         (["-n", "2", "no-such-program"], "program 'no-such-program' not found: not on PATH"),
         (["-n", "2", "./no-such-program"], "program './no-such-program' not found: no such executable file"),
         (["-n", "2", "no-such-script.py"], "program 'no-such-script.py' not found: no such file"),
@@ -168,7 +179,32 @@ def test_variables(script: Path) -> None:
     source = "print(*(os.environ.get(name) for name in ('RT_WORLD_SIZE', 'RT_LOCAL_RANK', 'RT_LOCAL_SIZE', 'MLX_RANK', 'COLOR')))"
     script.write_text(PREAMBLE + source)
     done = launch("-n", "2", "--env", "COLOR=red=1", "--env", "RT_WORLD_SIZE=9", str(script), MLX_RANK="5")
-    assert sorted(done.stdout.splitlines()) == ["[0] 2 0 2 None red=1", "[1] 2 1 2 None red=1"]
+    assert sorted(done.stdout.splitlines()) == ["[0] 2 0 2 0 red=1", "[1] 2 1 2 1 red=1"]
+
+
+def test_programs_written_for_mlx_find_their_ring(script: Path) -> None:
+    names = "print(os.environ['MLX_RANK'], os.environ['MLX_WORLD_SIZE'], open(os.environ['MLX_HOSTFILE']).read())"
+    rows = [line.split(maxsplit=3) for line in launch_source(script, names).stdout.splitlines()]
+    assert sorted(row[:3] for row in rows) == [["[0]", "0", "2"], ["[1]", "1", "2"]]
+    (ring,) = {row[3] for row in rows}
+    assert re.fullmatch(r'\[\["127\.0\.0\.1:\d+"\], \["127\.0\.0\.1:\d+"\]\]', ring)
+    script.write_text(PREAMBLE + names)
+    done = launch("-n", "2", "-p", "32323", "--connections-per-ip", "2", str(script))
+    assert json.loads(done.stdout.splitlines()[0].split(maxsplit=3)[3]) == [
+        ["127.0.0.1:32323", "127.0.0.1:32324"],
+        ["127.0.0.1:32325", "127.0.0.1:32326"],
+    ]
+
+
+def test_each_rank_has_the_next_gpu_that_is_allowed(script: Path) -> None:
+    script.write_text(PREAMBLE + "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['RT_BACKEND'], os.environ['NCCL_HOST_IP'])")
+    done = launch("-n", "2", "--backend", "nccl", str(script), CUDA_VISIBLE_DEVICES="3,5")
+    assert sorted(done.stdout.splitlines()) == ["[0] 3 nccl 127.0.0.1", "[1] 5 nccl 127.0.0.1"]
+    done = launch("-n", "3", "--backend", "nccl", str(script), CUDA_VISIBLE_DEVICES="3,5")
+    assert (done.returncode, last_line(done.stderr)) == (
+        2,
+        "rt.launch: CUDA_VISIBLE_DEVICES: found '3,5' for 3 ranks, expected a GPU for each",
+    )
 
 
 @pytest.mark.parametrize(("size", "cores", "threads"), [(1, 8, None), (2, 8, "4"), (4, 2, "1")])

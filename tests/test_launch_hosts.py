@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import netns
 import pytest
 import sshd
 from far import SCRIPT, command, launch
@@ -178,6 +179,19 @@ def test_hosts_by_any_name(site: sshd.Site, script: Path) -> None:
     assert lines == [f"[{rank} {name}] 5 {name != 'localhost'}" for rank, name in enumerate(shown)]
     lines = run_source(site, script, source, hosts=["localhost", "host1"])  # rank 0, where all meet, is the one that ssh comes from
     assert lines == ["[0 localhost] 2 False", "[1 host1] 2 True"]
+
+
+def test_hosts_cabled_with_their_neighbours_only(site: sshd.Site, tmp_path: Path) -> None:
+    """The hostfile of a ring of cables: each host's address is the one that faces its left neighbour, and no other host can reach it."""
+    machines = [server.host for server in site.servers]
+    for number, machine in enumerate(machines):
+        right = (number + 1) % 4
+        netns.connect(machine, f"10.0.{number}.1/30", machines[right], f"10.0.{number}.2/30", f"ring{number}")
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps([{"ssh": f"host{number}", "ips": [f"10.0.{(number - 1) % 4}.2"]} for number in range(4)]))
+    done = launch(site, "--hostfile", str(file), DEMO, hosts=[])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4 ranks, 20 epochs" in done.stdout and done.stdout.count(" ok ") == 3
 
 
 def test_a_login_shell_that_talks(tmp_path: Path) -> None:

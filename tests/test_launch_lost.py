@@ -71,12 +71,11 @@ def nothing_is_left(servers: list[sshd.Server]) -> bool:
 
 @pytest.mark.parametrize("source", [STUBBORN, POLITE])
 def test_a_launcher_that_is_killed(site: sshd.Site, tmp_path: Path, source: str) -> None:
-    with job(site, tmp_path, source):
+    with job(site, tmp_path, source) as process:
         watch = Watch(site.servers, MARK)
         assert watch.count == (18 if source == STUBBORN else 6)
-        (launcher,) = site.launchers()
         since = time.monotonic()
-        os.kill(launcher, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         assert watch.gone(since)
 
 
@@ -140,8 +139,7 @@ def test_a_supervisor_that_is_killed(site: sshd.Site, tmp_path: Path) -> None:
 def test_a_launcher_that_is_told_to_stop(site: sshd.Site, tmp_path: Path, number: signal.Signals) -> None:
     source = "signal.signal(signal.SIGINT, signal.SIG_DFL)\n" + POLITE
     with job(site, tmp_path, source) as process:
-        (launcher,) = site.launchers()
-        os.kill(launcher, number)
+        process.send_signal(number)
         assert verdict(process) == (128 + number, f"rt.launch: stopped by {number.name}")
         assert nothing_is_left(site.servers)
 
@@ -154,3 +152,40 @@ def test_a_rank_that_fails_ends_the_job_everywhere(site: sshd.Site, tmp_path: Pa
         assert process.returncode == 1
         assert error[-2:] == ["[3 host1] ValueError: loss is NaN", "rt.launch: rank 3 (host1) exited with code 1"]
         assert nothing_is_left(site.servers)
+
+
+def test_a_launcher_that_is_stopped_is_as_good_as_dead(site: sshd.Site, tmp_path: Path) -> None:
+    """Its connections stay, but nothing comes any more: what a pulled cable looks like from the other end."""
+    with job(site, tmp_path) as process:
+        watch = Watch(site.servers, MARK)
+        since = time.monotonic()
+        process.send_signal(signal.SIGSTOP)
+        assert watch.gone(since)
+
+
+# The rank that is to stay alive for longer than silence would be taken for death opens a FIFO then.
+LONG = "import time\nprint('ready')\ntime.sleep(6)\nopen(sys.argv[1], 'w').close()\n"
+
+
+def test_ctrl_z_is_no_death(site: sshd.Site, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with running(site, tmp_path / "script.py", LONG + "print('done')", arguments=[str(tmp_path / "fifo")], hosts=["host0"]) as process:
+        assert lines(process, 1) == ["ready\n"]
+        process.send_signal(signal.SIGTSTP)
+        (tmp_path / "fifo").read_text()
+        assert Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        process.send_signal(signal.SIGCONT)
+        out, error = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, out, error) == (0, b"done\n", b"")
+
+
+def test_output_that_nobody_reads_keeps_no_sign_of_life_back(site: sshd.Site, tmp_path: Path) -> None:
+    """One rank fills every buffer on the way to a paused pager; the job lives on, and nothing is lost."""
+    os.mkfifo(tmp_path / "fifo")
+    flood = "if rank == 1:\n    for _ in range(1 << 10): print('x' * 65535)\n    sys.exit()\n"
+    source = flood + LONG.replace("print('ready')\n", "")
+    with running(site, tmp_path / "script.py", source, "--prefix", "never", arguments=[str(tmp_path / "fifo")]) as process:
+        for _ in range(2):
+            (tmp_path / "fifo").read_text()  # of ranks 0 and 2, after more than the silence that ends a job
+        out, error = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, len(out), error) == (0, 64 << 20, b"")

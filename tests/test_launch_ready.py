@@ -130,7 +130,6 @@ def test_ctrl_c_ends_the_waiting(tmp_path: Path) -> None:
         with running(site, tmp_path / "script.py", "", "--verbose", hosts=["slow", "host0"]) as process:
             assert process.stderr is not None
             assert process.stderr.readline() == b"rt.launch: connecting to slow, host0\n"
-            (launcher,) = site.launchers()
-            os.kill(launcher, signal.SIGINT)
+            process.send_signal(signal.SIGINT)
             assert process.wait(PATIENCE) == 130
             assert last_line(process.stderr.read()) == "rt.launch: stopped by SIGINT"
