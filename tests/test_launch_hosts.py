@@ -23,6 +23,7 @@ import sshd
 from far import SCRIPT, command, launch
 from hosts import ROOT
 from launching import environment
+from peers import PYTHON, needs_peers
 
 pytestmark = sshd.NEEDED
 DEMO = f"{ROOT}/examples/train_digits.py"
@@ -225,6 +226,17 @@ print(hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights
     far = {line.split()[-1] for line in run_source(site, script, source)}
     here = {line.split()[-1] for line in run_source(site, script, source, "-n4", hosts=[])}
     assert len(far) == 1 and far == here
+
+
+@needs_peers("mlx.launch")
+@pytest.mark.parametrize("hosts", [["host0", "host1"], []])
+def test_a_program_of_mlx_finds_its_ring(site: sshd.Site, script: Path, hosts: list[str]) -> None:
+    source = "import mlx.core as mx\nmx.distributed.init(strict=True, backend='ring')\n"
+    script.write_text(source + "print(mx.distributed.all_sum(mx.ones(1)).item())")
+    done = launch(site, "-n", "2", str(PYTHON), str(script), hosts=hosts)
+    assert done.returncode == 0, done.stderr
+    size = 2 * max(1, len(hosts))
+    assert [line.split()[-1] for line in done.stdout.splitlines()] == [f"{size}.0"] * size
 
 
 def test_code_is_copied_first_if_asked(tmp_path: Path) -> None:
