@@ -19,7 +19,7 @@ from rt._frames import Kind
 from rt._launch_link import Link, RemoteFeed, RemoteRank, Want
 from rt._launch_loop import Loop
 from rt._launch_options import Options
-from rt._launch_plan import Ground, crews, is_loopback, nth_gpu, ring_addresses, told, travelling, uses_ring_file
+from rt._launch_plan import Ground, crews, is_reachable, nth_gpu, ring_addresses, told, travelling, uses_ring_file
 from rt._launch_ranks import Files
 from rt.secret import make_key
 
@@ -162,7 +162,7 @@ class Hosts:
 
     def _unfit(self, link: Link, ground: Ground) -> Iterator[Row]:
         name, options = link.crew.host.name, self._options
-        if len(self.links) > 1 and (not ground.address or is_loopback(ground.address)):
+        if len(self.links) > 1 and not is_reachable(ground.address, given=bool(link.crew.host.ips)):
             found = f"ssh reaches it at {ground.address}" if ground.address else "its sshd does not say at which address it was reached"
             yield name, f"{found}, which other hosts cannot", 'give it "ips" in a hostfile'
         allowed = travelling(options, self._environ).get("CUDA_VISIBLE_DEVICES", ground.gpus)
@@ -177,7 +177,7 @@ class Hosts:
         """All have been looked at: start, or say what is wrong where."""
         for link in self._asked or ():
             host = link.crew.host
-            if link.checked is None:
+            if link.checked is None or link.over:
                 late_or_lost = link.lost or f"no answer for {READY_SECONDS:g} seconds"
                 self._rows.append((host.name, late_or_lost, f"try `ssh {host.ssh} true`"))
             else:
@@ -229,6 +229,8 @@ class Hosts:
     def leave(self, *, sweep: bool) -> None:
         """End the supervisors and wait for them, within reason."""
         for link in self.links:
+            if link.hello is None:
+                link.lose("it was not waited for")
             link.leave(sweep=sweep)
         self._pump(lambda: all(link.over for link in self.links), _LEAVE_SECONDS)
         for link in self.links:

@@ -249,9 +249,24 @@ class Link:
         elif said.kind == Kind.CHECKED:
             self.checked = said.json
         elif said.kind == Kind.REFUSED:
-            self.complaint = self.complaint or f"cannot start rank {said.rank}: {said.payload.decode(errors='replace')}"
+            self._refuse(said)
         elif rank is not None:
             self._about(rank, said)
+
+    def _refuse(self, said: Frame) -> None:
+        """The supervisor could not start a rank; it has not tried the ones after it."""
+        self.complaint = self.complaint or f"cannot start {self.ranks[said.rank]}: {said.payload.decode(errors='replace')}"
+        for rank in self.ranks.values():
+            if not rank.pid:
+                self._silence(rank)
+
+    def _silence(self, rank: RemoteRank) -> None:
+        """Nothing more can come of a rank, or reach it."""
+        rank.gone = True
+        self.feeds[rank.index].refused()
+        for (index, _), stream in self.streams.items():
+            if index == rank.index and not stream.closed:
+                stream.close()
 
     def _about(self, rank: RemoteRank, said: Frame) -> None:
         if said.kind in (Kind.OUT, Kind.ERR):
@@ -311,12 +326,7 @@ class Link:
             if rank.code is None and self.started:
                 rank.code = _ssh.FAILED
                 self.ended.append(rank)
-            rank.gone = True
-        for stream in self.streams.values():
-            if not stream.closed:
-                stream.close()
-        for feed in self.feeds.values():
-            feed.refused()
+            self._silence(rank)
 
     def leave(self, *, sweep: bool) -> None:
         """Tell the supervisor that the job is over: to end, and with ``sweep`` to kill what is left first."""

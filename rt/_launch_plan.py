@@ -139,8 +139,12 @@ def show_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+def is_reachable(address: str, *, given: bool) -> bool:
+    """Say whether other hosts could use an address: one of IPv6's link-local ones only if somebody has ``given`` it with that in mind."""
+    if not address:
+        return False
+    found = ipaddress.ip_address(address.partition("%")[0])
+    return not found.is_loopback and (given or not found.is_link_local)
 
 
 def _ring(options: Options, place: Mapping[int, tuple[Crew, Ground]]) -> list[list[str]]:

@@ -51,7 +51,7 @@ def _start(folder: str, host: Host) -> subprocess.Popen[bytes] | None:
     user, at, name = host.ssh.rpartition("@")
     there = f"{user}{at}[{name}]" if ":" in name else host.ssh
     shell = " ".join(["ssh", *_ssh.OPTIONS])
-    command = ["rsync", "--archive", "--secluded-args", "--timeout=30", "-e", shell, "--", f"{folder}/", f"{there}:{folder}/"]
+    command = ["rsync", "--archive", "-s", "--timeout=30", "-e", shell, "--", f"{folder}/", f"{there}:{folder}/"]
     try:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     except FileNotFoundError:

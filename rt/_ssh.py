@@ -24,6 +24,7 @@ OPTIONS = (
     *("-o", f"ConnectTimeout={CONNECT_SECONDS}"),
     *("-o", "ServerAliveInterval=1", "-o", f"ServerAliveCountMax={SILENCE_SECONDS}"),
     *("-o", "ControlMaster=no"),  # a connection of the user's may be shared, but ours ends with us
+    *("-o", "RemoteCommand=none", "-o", "PermitLocalCommand=no", "-o", "ClearAllForwardings=yes"),  # what is for when a person logs in
     *("-o", "EscapeChar=none", "-o", "LogLevel=INFO"),
 )
 

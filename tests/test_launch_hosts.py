@@ -228,6 +228,27 @@ print(hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights
     assert len(far) == 1 and far == here
 
 
+def test_what_a_user_has_configured_for_logging_in_does_not_get_between(tmp_path: Path) -> None:
+    forward = ["RemoteCommand tmux", "RequestTTY force", "LocalForward 9999 localhost:1", "ExitOnForwardFailure yes", "LogLevel QUIET"]
+    local = ["PermitLocalCommand yes", f"LocalCommand touch {tmp_path}/logged_in", "ControlMaster auto", f"ControlPath {tmp_path}/%h"]
+    with sshd.site(tmp_path, 2, config=["Host host*", *forward, *local]) as site:
+        done = launch(site, "echo", "said")
+    assert (done.returncode, sorted(done.stdout.splitlines()), done.stderr) == (0, ["[0 host0] said", "[1 host1] said"], "")
+    assert not (tmp_path / "logged_in").exists() and not (tmp_path / "10.2.0.1").exists()
+
+
+def test_a_program_the_kernel_refuses_on_one_host(tmp_path: Path) -> None:
+    program, broken = tmp_path / "program", tmp_path / "broken"
+    program.write_text("#!/bin/sh\nexec sleep 1000\n")
+    broken.write_bytes(b"\0neither a script nor a binary")
+    for file in (program, broken):
+        file.chmod(0o755)
+    with sshd.site(tmp_path, 2, prepare={1: [f"mount --bind {broken} {program}"]}) as site:
+        done = launch(site, "-n2", str(program))
+        assert (done.returncode, done.stderr) == (2, f"rt.launch: cannot start rank 2 (host1): {program}: Exec format error\n")
+        assert not any(server.processes("RT_JOB_ID=") for server in site.servers)
+
+
 @needs_peers("mlx.launch")
 @pytest.mark.parametrize("hosts", [["host0", "host1"], []])
 def test_a_program_of_mlx_finds_its_ring(site: sshd.Site, script: Path, hosts: list[str]) -> None:

@@ -113,6 +113,22 @@ def test_a_host_that_is_killed(site: sshd.Site, tmp_path: Path) -> None:
         assert nothing_is_left([site.servers[0], site.servers[2]])
 
 
+REDUCING = """
+import numpy as np
+import rt.sync as rt
+rt.init()
+print("ready")
+while True: rt.all_sum(np.ones(1 << 16))
+"""
+
+
+def test_a_host_that_is_killed_is_the_cause_and_not_the_ranks_that_miss_it(site: sshd.Site, tmp_path: Path) -> None:
+    with job(site, tmp_path, REDUCING) as process:
+        site.servers[1].kill()
+        code, text = verdict(process)
+        assert code == 255 and text.startswith("rt.launch: rank 2 (host1) was lost: "), text
+
+
 def test_a_host_that_loses_its_power(site: sshd.Site, tmp_path: Path) -> None:
     """Nobody sends a last word: the cable is dead before the host is."""
     with job(site, tmp_path, POLITE) as process:
