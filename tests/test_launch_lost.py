@@ -203,5 +203,7 @@ def test_output_that_nobody_reads_keeps_no_sign_of_life_back(site: sshd.Site, tm
     with running(site, tmp_path / "script.py", source, "--prefix", "never", arguments=[str(tmp_path / "fifo")]) as process:
         for _ in range(2):
             (tmp_path / "fifo").read_text()  # of ranks 0 and 2, after more than the silence that ends a job
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+        assert int(status["VmHWM"].split()[0]) < 64 << 10  # KiB: the launcher holds a part of it only
         out, error = process.communicate(timeout=PATIENCE)
         assert (process.returncode, len(out), error) == (0, 64 << 20, b"")
