@@ -156,7 +156,7 @@ class _Forming:
     """The state of one bootstrap."""
 
     def __init__(self, config: RingConfig, reachable: Callable[[int, int], bool]) -> None:
-        self._connections = config.connections
+        self._connections = 0  # per pair; not known before the table is
         self._timeout = config.connect_timeout
         self._rank, self._size = config.rank, config.size
         self._neighbours = neighbours(config.rank, config.size)
@@ -181,6 +181,9 @@ class _Forming:
         self._tasks = tasks
         attending = [tasks.create_task(self._attend(peer)) for peer in self._neighbours]
         table = await self._rendezvous.find_table()
+        self._connections = len(table[self._rank])
+        self._changed.set()
+        self._meet({peer for peer in range(self._size) if self._is_complete(peer)})  # who has come meanwhile
         dialling = {
             peer: tasks.create_task(self._dial_all(peer, table[peer]))
             for peer in range(self._size)
@@ -239,8 +242,9 @@ class _Forming:
             return None if self._rendezvous.expects() else Reason.PURPOSE
         if not dials(hello.sender, self._rank, self._size):
             return Reason.SENDER
-        connections = {int(Purpose.CONTROL): 1, int(Purpose.DATA): self._connections, int(Purpose.SHARED): int(self._sharing is not None)}
-        return None if hello.index < connections.get(hello.purpose, 0) else Reason.PURPOSE
+        data = self._connections or self._rendezvous.announced  # whoever dials knows the table, this rank may not yet
+        allowed = {int(Purpose.CONTROL): 1, int(Purpose.DATA): data, int(Purpose.SHARED): int(self._sharing is not None)}
+        return None if hello.index < allowed.get(hello.purpose, 0) else Reason.PURPOSE
 
     def _deliver(self, hello: Hello, sock: socket.socket) -> None:
         if hello.purpose == Purpose.SHARED:
@@ -341,7 +345,7 @@ class _Forming:
         self._memory[peer] = fd
 
     def _is_complete(self, peer: int) -> bool:
-        return len(self._sockets[peer]) == 1 + self._connections
+        return self._connections > 0 and len(self._sockets[peer]) == 1 + self._connections
 
     async def _complete(self, peers: Iterable[int]) -> None:
         needed = list(peers)

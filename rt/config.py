@@ -25,6 +25,7 @@ from rt.json_file import brief, load
 from rt.secret import Secret, resolve_secret
 
 if TYPE_CHECKING:
+    from rt.interfaces import Choice
     from rt.tuning import Table
 
 Address = tuple[str, int]
@@ -50,7 +51,7 @@ class RingConfig:
         addresses: from a ring file: per rank its (host, port) list, one connection per address.
         coordinator: rank 0 listens there and the ranks exchange addresses.
         store: the TCPStore of torchrun's agent, through which rank 0 publishes its coordinator.
-        connections: sockets per pair of ranks; with a ring file the number of addresses per rank.
+        connections: sockets per pair of ranks, for each interface that ``interfaces`` names; with a ring file the addresses per rank.
         job: 32 hexadecimal digits, equal on all ranks of a job and on no others. It covers the meeting place as spelled (but for case and
             the many ways to write an IP address), so all ranks must spell it alike.
         connect_timeout: seconds until the ranks must have met.
@@ -60,6 +61,7 @@ class RingConfig:
         spin: seconds a lone work is polled before a sleep, None for what fits the number of cores.
         tuning: which algorithms are preferred, if this is rank 0; None for what is shipped.
         coordinator_fd: rank 0 only: an inherited listening socket for ``coordinator``.
+        interfaces: where this rank listens for others; None: where the way to the coordinator begins. A ring file says it itself.
         source: what configured this, for messages, for example ``RT_RANK, RT_HOSTFILE``.
     """
 
@@ -77,6 +79,7 @@ class RingConfig:
     spin: float | None
     tuning: Table | None
     coordinator_fd: int | None
+    interfaces: Choice | None
     source: str
 
 
@@ -161,6 +164,7 @@ def resolve_ring(
         spin=_spin(environ),
         tuning=tuned(environ),
         coordinator_fd=place.coordinator_fd,
+        interfaces=_interfaces(environ),
         source=place.source,
     )
 
@@ -240,6 +244,15 @@ def tuned(environ: Environ = os.environ) -> Table | None:
     from rt import tuning  # which ``import rt`` can do without
 
     return tuning.read(environ["RT_TUNING"], f"RT_TUNING {environ['RT_TUNING']}").over(tuning.shipped())
+
+
+def _interfaces(environ: Environ) -> Choice | None:
+    text = environ.get("RT_SOCKET_IFNAME")
+    if not text:  # empty is unset, as for NCCL
+        return None
+    from rt import interfaces  # which ``import rt`` can do without
+
+    return interfaces.parse(text)
 
 
 def _meeting(coordinator: object, hostfile: object, environ: Environ) -> _Given | None:

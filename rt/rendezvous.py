@@ -6,6 +6,8 @@ May live here: opening this rank's listeners and making the table of addresses. 
 With a coordinator, rank 0 listens there and goes on listening there for its data connections; each other rank connects, proves itself,
 listens on the local address of that connection (which the network evidently routes) and says so; when all have come, everyone
 gets the table. Rank 0 says who is missing each time somebody comes, so that at the deadline every rank can name the absent.
+Where ``RT_SOCKET_IFNAME`` names interfaces, a rank listens on one address of each instead, rank 0 too; a pair of ranks then has connections
+over all of them, but over the first only where ranks found different numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from importlib import import_module
 
+from rt import interfaces
 from rt.config import RingConfig
 from rt.errors import ConfigError, RendezvousError
 from transports import tcp
@@ -37,7 +40,8 @@ class Rendezvous:
     """One rank's way to the table.
 
     Attributes:
-        table: per rank the addresses it listens on, None until known.
+        table: per rank the addresses it listens on, one per connection of a pair, None until known.
+        announced: how many addresses this rank has named for itself; the table may have fewer for it.
     """
 
     def __init__(self, config: RingConfig, acceptor: Acceptor, reach_coordinator: Callable[[Address], Awaitable[socket.socket]]) -> None:
@@ -49,6 +53,7 @@ class Rendezvous:
         self._changed = asyncio.Event()
         self._absent = [rank for rank in range(self._size) if rank != self._rank]
         self.table: Table | None = None
+        self.announced = 0
 
     async def find_table(self) -> Table:
         """Listen, and learn where all ranks do.
@@ -61,6 +66,7 @@ class Rendezvous:
         if config.addresses is not None:
             entry = f"entry {self._rank} of the ring file"
             self._acceptor.add([await self._listen(address, entry) for address in config.addresses[self._rank]])
+            self.announced = config.connections
             self.table = [list(addresses) for addresses in config.addresses]
         elif config.store is not None:
             self.table = await self._through_store(config.store)
@@ -130,14 +136,32 @@ class Rendezvous:
     async def _coordinate(self, listener: socket.socket, address: Address) -> Table:
         """Rank 0: wait for everybody's addresses and hand out the table."""
         self._absent = list(range(1, self._size))
+        mine = [address] if self._config.interfaces is None else await self._announce(str((await tcp.resolve(address))[0][1][0]))
+        self.announced = len(mine) * self._config.connections
         self._acceptor.add([listener])
         while self._absent:
             self._changed.clear()
             await self._changed.wait()
-        table = [[address] * self._config.connections] + [self._enrolled[rank][1] for rank in range(1, self._size)]
+        rows = [mine] + [self._enrolled[rank][1] for rank in range(1, self._size)]
+        if len({len(row) for row in rows}) > 1:
+            counts = ", ".join(f"rank {rank}: {len(row)}" for rank, row in enumerate(rows))
+            _log.info("rank 0: different numbers of interfaces (%s): connections go over the first only", counts)
+            rows = [row[:1] for row in rows]
         for writer in self.writers():
-            tcp.write_json(writer, {"table": table})
-        return table
+            tcp.write_json(writer, {"table": rows})
+        return self._per_connection(rows)
+
+    def _per_connection(self, rows: Table) -> Table:
+        return [row * self._config.connections for row in rows]
+
+    async def _announce(self, here: str) -> list[Address]:
+        """Listen where others are to connect to this rank, and return the addresses; ``here`` is its own on the way to the coordinator."""
+        wanted = self._config.interfaces
+        hosts = [here] if wanted is None else interfaces.choose(await tcp.in_thread(interfaces.listing), wanted, here)
+        what = "the local address of the connection to rank 0" if wanted is None else f"an address of {interfaces.VARIABLE}={wanted.text}"
+        listeners = [await self._listen((host, 0), what) for host in hosts]
+        self._acceptor.add(listeners)
+        return [listener.getsockname()[:2] for listener in listeners]
 
     async def _enrol_with(self, coordinator: Address) -> Table:
         """Other ranks: tell rank 0 where this one listens and wait for the table."""
@@ -145,9 +169,9 @@ class Rendezvous:
         here = sock.getsockname()[0]
         reader, writer = await tcp.streams(sock)
         try:
-            listener = await self._listen((here, 0), "the local address of the connection to rank 0")
-            self._acceptor.add([listener])
-            tcp.write_json(writer, {"addresses": [listener.getsockname()[:2]] * self._config.connections})
+            mine = await self._announce(here)
+            self.announced = len(mine) * self._config.connections
+            tcp.write_json(writer, {"addresses": mine})
             return await self._wait_for_table(reader)
         except (OSError, EOFError) as error:
             text = f"rank 0 at {tcp.show(coordinator)} left the rendezvous: {error}"
@@ -161,7 +185,7 @@ class Rendezvous:
             if "error" in said:
                 raise RendezvousError(f"rank {self._rank}/{self._size}: rank 0 says: {said['error']}")
             if "table" in said:
-                return [[(host, port) for host, port in addresses] for addresses in said["table"]]
+                return self._per_connection([[(host, port) for host, port in addresses] for addresses in said["table"]])
             self._absent = said["missing"]
 
     async def _through_store(self, store: Address) -> Table:

@@ -62,7 +62,7 @@ class World:
     def __init__(self, ring: config.RingConfig) -> None:
         self.rank = ring.rank
         self.size = ring.size
-        self.lanes = ring.connections
+        self.lanes = 1  # connections per pair, once they are made
         self.authenticated = ring.secret.key is not None  # peers proved to know the job's secret
         self.direct: frozenset[tuple[int, int]] = frozenset()
         self.hosts: tuple[Any, ...] = (None,) * ring.size  # of each rank what is equal on its host; the same on all ranks
@@ -104,6 +104,7 @@ class World:
         try:
             found = wiring.result()
             self.direct, self.shared, self.tuning = found.direct, found.shared, found.tuning
+            self.lanes = max(map(len, found.data.values()), default=1)
             self.hosts = tuple(host.network for host in found.hosts)
             scarce = _cores() < sum(found.hosts[self.rank].sees(host) for host in found.hosts)
             self.spin = self._ring.spin if self._ring.spin is not None else 0.0 if scarce else SPIN_SECONDS

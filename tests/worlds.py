@@ -38,6 +38,7 @@ def config(rank: int, size: int, **fields: Any) -> RingConfig:
         "spin": None,
         "tuning": None,
         "coordinator_fd": None,
+        "interfaces": None,
         "source": "test",
     }
     return RingConfig(rank=rank, size=size, **{**defaults, **fields})

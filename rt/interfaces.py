@@ -1,0 +1,180 @@
+"""Network interfaces: which this host has, what ``RT_SOCKET_IFNAME`` says of them, and which of them a rank uses.
+
+May live here: listing, parsing, choosing. May not: sockets, what is announced to whom (``rt.rendezvous``). ``rt.doctor`` sends this file to
+hosts that have no ``rt``: of the package it imports the errors only.
+
+The syntax is that of ``NCCL_SOCKET_IFNAME`` (NCCL's user guide, environment variables), with networks beside names::
+
+    eth,ib          interfaces whose names begin with eth or ib
+    =eth0,eth1      interfaces of just these names
+    ^docker,lo      none whose name begins with docker or lo
+    ^=docker0       none of just this name
+    10.0.0.0/8      those with an address in this network; fd00::/8 likewise. Stands wherever a name may
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rt.errors import ConfigError
+
+VARIABLE = "RT_SOCKET_IFNAME"
+_EXPECTED = "expected names or networks with commas between, such as eth0 or =eth0,eth1 or ^docker,lo or 10.0.0.0/8"
+
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A network interface.
+
+    Attributes:
+        name: the system's.
+        addresses: each with the length of its network's prefix: ``10.0.0.1/24``, ``fd00::1/64``.
+        mtu: bytes of the largest packet, 0 where unknown.
+        up: whether it is switched on and its cable plugged in.
+        loopback: whether it leads back to this host.
+    """
+
+    name: str
+    addresses: tuple[str, ...]
+    mtu: int = 0
+    up: bool = True
+    loopback: bool = False
+
+    @property
+    def hosts(self) -> list[str]:
+        """The addresses alone, without those that mean something on one cable only (IPv6's link-local ones)."""
+        found = [ipaddress.ip_interface(address).ip for address in self.addresses]
+        return [str(ip) for ip in found if not (ip.version == 6 and ip.is_link_local)]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.addresses) or 'no address'}{'' if self.up else ', down'})"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the variable says.
+
+    Attributes:
+        entries: prefixes of names (whole names if ``exact``) and networks, in the order given.
+        exclude: whether they say what not to use.
+        text: how it was written.
+    """
+
+    entries: tuple[str | _Network, ...]
+    exclude: bool
+    exact: bool
+    text: str
+
+    def rank(self, interface: Interface) -> int | None:
+        """Return the place in the list of the first entry that an interface matches, None if none does."""
+        return next((place for place, entry in enumerate(self.entries) if self._matches(entry, interface)), None)
+
+    def _matches(self, entry: str | _Network, interface: Interface) -> bool:
+        if isinstance(entry, str):
+            return interface.name == entry if self.exact else interface.name.startswith(entry)
+        return any(ipaddress.ip_address(host) in entry for host in interface.hosts)
+
+    def prefers(self, host: str) -> bool:
+        """Whether an address lies in one of the networks."""
+        return any(not isinstance(entry, str) and ipaddress.ip_address(host) in entry for entry in self.entries)
+
+
+def parse(text: str, where: str = VARIABLE) -> Choice:
+    """Read the variable.
+
+    Raises:
+        ConfigError: an empty entry, or something with a slash or a colon that is no network.
+    """
+    exclude = text.startswith("^")
+    rest = text.removeprefix("^")
+    exact = rest.startswith("=")
+    entries = tuple(_entry(entry, text, where) for entry in rest.removeprefix("=").split(","))
+    return Choice(entries, exclude, exact, text)
+
+
+def _entry(entry: str, text: str, where: str) -> str | _Network:
+    entry = entry.strip()
+    if not entry or entry[0] in "^=":
+        what = f"{entry[0]!r} within the list, where it may only stand before all of it" if entry else "an empty entry"
+        raise ConfigError(f"{where}: found {what} in {text!r}, {_EXPECTED}")
+    try:
+        return ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        if "/" in entry:  # in no interface's name
+            raise ConfigError(f"{where}: found {entry!r} in {text!r}, which is no network, {_EXPECTED}") from None
+        return entry
+
+
+def listing() -> list[Interface]:
+    """Return the interfaces of this host, in the system's order."""
+    import psutil  # when asked for: most ranks never do
+
+    addresses, states = psutil.net_if_addrs(), psutil.net_if_stats()
+    found = []
+    for name, each in addresses.items():
+        texts = tuple(text for text in (_with_prefix(one.address, one.netmask) for one in each) if text)
+        state = states.get(name)
+        loopback = bool(texts) and all(ipaddress.ip_interface(text).is_loopback for text in texts)
+        found.append(Interface(name, texts, state.mtu if state else 0, bool(state and state.isup), loopback))
+    return found
+
+
+def _with_prefix(address: str, netmask: str | None) -> str:
+    """Return ``10.0.0.1/24``; "" for what is no IP address, as that of an Ethernet card."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        bits = ip.max_prefixlen if netmask is None else int(ipaddress.ip_address(netmask)).bit_count()
+    except ValueError:
+        return ""
+    return f"{ip}/{bits}"
+
+
+def choose(found: Sequence[Interface], choice: Choice, here: str) -> list[str]:
+    """Return the addresses at which a rank of this host is to be reached.
+
+    Names and networks that are asked for give one address of every interface that matches, in the order of the list; exclusions give one:
+    that of the way to the coordinator, if it is not excluded, else the first that is left. Interfaces that are down, and loopback for a
+    coordinator that is elsewhere, are never used.
+
+    Args:
+        found: the interfaces of this host.
+        choice: what was asked for.
+        here: this host's address on the way to the coordinator; of several addresses of an interface one of its kind is taken.
+
+    Raises:
+        ConfigError: none matches; it lists what there is.
+    """
+    here = here.partition("%")[0]
+    usable = [each for each in found if each.up and each.hosts and (not each.loopback or ipaddress.ip_address(here).is_loopback)]
+    ranked = [(choice.rank(each), each) for each in usable]
+    if choice.exclude:
+        left = [each for rank, each in ranked if rank is None]
+        left.sort(key=lambda each: (here not in each.hosts, each.loopback))
+        matching = left[:1]
+    else:
+        matching = [each for _, each in sorted(((rank, each) for rank, each in ranked if rank is not None), key=lambda pair: pair[0])]
+    if not matching:
+        raise ConfigError(_nothing(found, choice, here))
+    return [_address(each, choice, here) for each in matching]
+
+
+def _address(interface: Interface, choice: Choice, here: str) -> str:
+    version = ipaddress.ip_address(here).version
+
+    def worse(host: str) -> tuple[bool, bool, bool]:
+        named = not choice.exclude and choice.prefers(host)
+        return not named, host != here, ipaddress.ip_address(host).version != version
+
+    return min(interface.hosts, key=worse)
+
+
+def _nothing(found: Sequence[Interface], choice: Choice, here: str) -> str:
+    there = ", ".join(map(str, found)) or "no interface at all"
+    text = f"{VARIABLE}={choice.text}: found {there}, expected {'one that is left' if choice.exclude else 'one that matches'}"
+    if any(each.loopback and (choice.rank(each) is None) == choice.exclude for each in found):
+        text += f"; loopback does not count, since the coordinator is reached from {here}"
+    return text

@@ -1,0 +1,96 @@
+"""Groups over hosts of two cables: the bytes go over those that ``RT_SOCKET_IFNAME`` names.
+
+May live here: ranks with a coordinator on hosts. May not: making hosts (``netns``), what the variable may say (``test_interfaces``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+
+import hosts
+import netns
+import pytest
+from hosts import PATIENCE, PORT, ends, last_line, start
+
+pytestmark = hosts.NEEDED
+
+SENT = 4 << 20  # of the 16 MiB that each rank sends, at least so much over a cable that is used
+NOISE = 256 << 10
+
+
+@pytest.fixture
+def two_cables() -> Iterator[list[netns.Host]]:
+    with netns.two_hosts(("10.1.0.1/30", "10.1.0.2/30"), ("10.1.1.1/30", "10.1.1.2/30")) as both:
+        yield both
+
+
+def until_running(both: list[netns.Host]) -> None:
+    """The kernel tells at most once in a second that cables have been plugged in; until then they are not looked at."""
+    until = time.monotonic() + PATIENCE
+    for host in both:
+        while any(cable["operstate"] != "UP" for cable in json.loads(host.ip("-j link show")) if cable["ifname"] != "lo"):
+            assert time.monotonic() < until
+
+
+def used(both: list[netns.Host], texts: list[str | None], **more: str) -> tuple[list[tuple[int, str, str]], list[str]]:
+    """How the ranks ended, and which cables carried data; ranks meet over cable0."""
+    until_running(both)
+    env = {"RT_COORDINATOR": f"10.1.0.1:{PORT}", "RT_WORLD_SIZE": "2", "RT_INSECURE": "1", "RT_CONNECT_TIMEOUT": "20", **more}
+    cables = ("cable0", "cable1")
+    before = {cable: both[0].sent(cable) for cable in cables}
+    named = [{} if text is None else {"RT_SOCKET_IFNAME": text} for text in texts]
+    ended = ends([start(host, RT_RANK=str(rank), **env, **named[rank]) for rank, host in enumerate(both)])
+    sent = {cable: both[0].sent(cable) - before[cable] for cable in cables}
+    assert all(amount > SENT or amount < NOISE for amount in sent.values()), sent
+    return ended, [cable for cable in cables if sent[cable] > SENT]
+
+
+@pytest.mark.parametrize(
+    ("text", "cables"),
+    [
+        (None, ["cable0"]),
+        ("cable1", ["cable1"]),
+        ("=cable1,lo", ["cable1"]),
+        ("^=cable0", ["cable1"]),
+        ("^cable1", ["cable0"]),
+        ("10.1.1.0/24", ["cable1"]),
+        ("cable", ["cable0", "cable1"]),
+    ],
+)
+def test_the_bytes_go_over_the_cables_named(text: str | None, cables: list[str], two_cables: list[netns.Host]) -> None:
+    ended, carried = used(two_cables, [text, text])
+    assert [(status, output) for status, output, _ in ended] == [(0, "sum 3.0 of 2\n")] * 2, ended
+    assert carried == cables
+
+
+def test_ranks_that_find_different_numbers_of_interfaces_use_the_first(two_cables: list[netns.Host]) -> None:
+    ended, carried = used(two_cables, ["cable1,cable0", "=cable1"], RT_LOG="info")
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert carried == ["cable1"]
+    assert "different numbers of interfaces (rank 0: 2, rank 1: 1): connections go over the first only" in ended[0][2]
+
+
+def test_several_connections_per_interface(two_cables: list[netns.Host]) -> None:
+    ended, carried = used(two_cables, ["cable", "cable"], RT_CONNECTIONS_PER_IP="2", RT_LOG="info")
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert carried == ["cable0", "cable1"]
+    (links,) = re.findall(r"rank 0: rank 1 over tcp: (.*)", ended[0][2])
+    assert re.findall(r"- (10\.1\.\d)", links) == ["10.1.0", "10.1.1", "10.1.0", "10.1.1"]
+
+
+def test_a_rank_without_such_an_interface_says_what_it_has(two_cables: list[netns.Host]) -> None:
+    ended, _ = used(two_cables, [None, "lo"], RT_CONNECT_TIMEOUT="3")
+    status, _, errors = ended[1]
+    assert status == 1
+    found = r"found lo \(127\.0\.0\.1/8.*\), cable0 \(10\.1\.0\.2/30.*\), cable1 \(10\.1\.1\.2/30.*\), expected one that matches"
+    assert re.search(rf"ConfigError: RT_SOCKET_IFNAME=lo: {found}; loopback does not count", last_line(errors)), errors
+
+
+def test_ipv6_and_a_network_of_it() -> None:
+    with netns.two_hosts(("fd00::1/64", "fd00::2/64"), ("fd01::1/64", "fd01::2/64")) as both:
+        ended, carried = used(both, ["fd01::/16"] * 2, RT_COORDINATOR=f"[fd00::1]:{PORT}")
+        assert [status for status, _, _ in ended] == [0, 0], ended
+        assert carried == ["cable1"]
