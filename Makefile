@@ -21,7 +21,7 @@ test: .stamp-build  ## the whole test suite
 check: .stamp-build  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest rt._fastpath --allowlist .ci/stubtest-allow --ignore-unused-allowlist
+	$(BIN)/python -m mypy.stubtest rt._fastpath --mypy-config-file pyproject.toml --allowlist .ci/stubtest-allow --ignore-unused-allowlist
 	$(BIN)/cython-lint --max-line-length 140 rt/*.pyx rt/*.pxi
 
 docs: .stamp-build  ## the documentation as a site, in site/

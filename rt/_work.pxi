@@ -18,6 +18,7 @@ cdef class Work:
         sequence: number of the work in its channel.
         status: the engine's answer when it was submitted.
         received: bytes that had come for it when it failed.
+        since: when somebody began to wait for it, on the clock of ``time.monotonic``; 0: nobody has. Works that end at once never know.
     """
     cdef WorkState *work
     cdef Program program
@@ -35,6 +36,7 @@ cdef class Work:
     cdef readonly uint32_t sequence
     cdef public int status
     cdef readonly Py_ssize_t received
+    cdef readonly double since
     cdef list waiters
     cdef object __weakref__
 
@@ -65,6 +67,8 @@ cdef class Work:
             return False
         if self.waiters is None:
             self.waiters = []
+            if self.since == 0:
+                self.since = rt_now()
         self.waiters.append(waiter)
         return True
 
@@ -161,6 +165,20 @@ def move_memory(Engine engine not None, Work handle not None, old, new, bint cop
         if handle.target is old:
             handle.target = new
     engine.unlock()
+
+
+def works_of(Engine engine not None):
+    """Return the works of an engine that have not ended, in the order in which they began."""
+    cdef WorkState *work
+    cdef list found = []
+    engine.lock()                               # nothing below makes an object that the collector counts: it could call the engine
+    work = engine.core.active_first
+    while work != NULL:
+        if work.handle != NULL:
+            found.append(<Work>work.handle)
+        work = work.next_active
+    engine.unlock()
+    return found
 
 
 cdef Py_ssize_t received_bytes(WorkState *work) noexcept nogil:

@@ -122,12 +122,18 @@ def dials(a: int, b: int, size: int) -> bool:
     return a < b
 
 
-async def bootstrap(config: RingConfig, *, reachable: Callable[[int, int], bool] | None = None) -> Wiring:
+async def bootstrap(
+    config: RingConfig,
+    *,
+    reachable: Callable[[int, int], bool] | None = None,
+    on_begin: Callable[[Callable[[], list[str]]], None] | None = None,
+) -> Wiring:
     """Form the group that ``config`` describes.
 
     Args:
         config: what this rank knows.
         reachable: for tests: ``reachable(a, b)`` False makes rank b's addresses unreachable from rank a.
+        on_begin: is given a function that says, line by line, which ranks are missing and what was tried.
 
     Raises:
         ConfigError: this host cannot listen where the configuration says it must.
@@ -136,6 +142,8 @@ async def bootstrap(config: RingConfig, *, reachable: Callable[[int, int], bool]
     if config.size == 1:
         return Wiring(0, 1, {}, {}, frozenset(), (HostInfo.mine(),))
     forming = _Forming(config, reachable or (lambda a, b: True))
+    if on_begin is not None:
+        on_begin(forming.missing)
     try:
         try:
             async with asyncio.timeout(config.connect_timeout):
@@ -418,19 +426,24 @@ class _Forming:
 
     def explain(self) -> str:
         """Name the ranks that are missing at the deadline, and for each what was tried."""
-        lines = [f"rank {self._rank}/{self._size}: the group did not form within {self._timeout:g} s; missing:"]
-        for rank in self._missing():
-            tried = "; ".join(f"{address}: {error}" for address, error in self._tried.get(rank, {}).items())
-            table = self._rendezvous.table
-            if not tried and table is not None and dials(rank, self._rank, self._size):
-                tried = f"it has not connected to {', '.join(map(tcp.show, table[self._rank]))}"
-            lines.append(f"  rank {rank}: {tried or 'not heard of'}")
+        lines = [f"rank {self._rank}/{self._size}: the group did not form within {self._timeout:g} s; missing:", *self.missing()]
         if len(lines) == 1:
             lines.append("  no rank: all are there, but some neighbours are not connected with each other")
         lines += [f"  a connection from {address} was dropped: {why}" for why, address in self._acceptor.dropped.items()]
         if self._me.secret.of_this_host:
             lines.append("  this rank has its host's own secret: with other hosts all need RT_SECRET_FILE, the same, or RT_INSECURE=1")
         return "\n".join(lines)
+
+    def missing(self) -> list[str]:
+        """Return a line for each rank that is missing, with what was tried."""
+        lines = []
+        for rank in self._missing():
+            tried = "; ".join(f"{address}: {error}" for address, error in self._tried.get(rank, {}).items())
+            table = self._rendezvous.table
+            if not tried and table is not None and dials(rank, self._rank, self._size):
+                tried = f"it has not connected to {', '.join(map(tcp.show, table[self._rank]))}"
+            lines.append(f"  rank {rank}: {tried or 'not heard of'}")
+        return lines
 
     async def tell(self, error: BaseException) -> None:
         """Tell the ranks that are connected why this one leaves, so that they need not wait for their own deadline."""

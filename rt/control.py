@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from rt import _status
+from rt._inquiry import ASK, TELL, Inquiry
 from rt.blame import Judge, Report, Verdict
 from rt.bootstrap import Wiring, bootstrap
 from rt.config import RingConfig
@@ -29,7 +31,7 @@ from transports.relay import RELAY_ACK, RELAY_DATA, Relay, RelayPipe
 
 __all__ = ["Control", "Report", "Verdict"]
 
-_REPORT, _VERDICT, _BYE, _BYE_HEARD = 2, 3, 4, 5  # 1 is tcp.JSON, 6 and 7 are the relay's
+_REPORT, _VERDICT, _BYE, _BYE_HEARD = 2, 3, 4, 5  # 1 is tcp.JSON, 6 and 7 are the relay's, 8 and 9 rt._inquiry's
 _RANK = struct.Struct("!I")
 _LAST_WORDS_SECONDS = 0.1  # between the end of a process and the last message it sent
 _FLUSH_SECONDS = 0.5
@@ -60,6 +62,7 @@ class Control:
         on_verdict: Callable[[Verdict], None],
         on_bye: Callable[[int], None] | None,
         on_relay_wake: Callable[[int], None] | None,
+        on_ask: Callable[[], _status.Facts] | None,
         reachable: Callable[[int, int], bool] | None,
     ) -> None:
         self.ready: concurrent.futures.Future[Wiring] = concurrent.futures.Future()
@@ -73,6 +76,9 @@ class Control:
         self._loop = asyncio.SelectorEventLoop(self._selector)
         self._judge = Judge(config.rank == 0, self._loop, self._decide)
         self._relay = Relay(config.rank, config.size, self._send, self._post, on_relay_wake)
+        self._inquiry = Inquiry(config.rank, config.size, self._send, lambda rank: rank in self._peers, on_ask or _status.process)
+        self._door: _status.Door | None = None
+        self._missing: Callable[[], list[str]] = list
         self._peers: dict[int, _Peer] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._pidfds: dict[int, int] = {}
@@ -94,6 +100,7 @@ class Control:
         on_verdict: Callable[[Verdict], None],
         on_bye: Callable[[int], None] | None = None,
         on_relay_wake: Callable[[int], None] | None = None,
+        on_ask: Callable[[], _status.Facts] | None = None,
         reachable: Callable[[int, int], bool] | None = None,
     ) -> Control:
         """Start the thread and return at once.
@@ -103,9 +110,10 @@ class Control:
             on_verdict: called once per failure, in the control thread.
             on_bye: called in the control thread with each rank that leaves in order.
             on_relay_wake: called in the control thread with the peer of a relay pipe that may go on and has no ``wake`` of its own.
+            on_ask: called in the control thread to learn what this rank is doing (see ``rt._status``).
             reachable: for tests, see ``bootstrap``.
         """
-        control = cls(config, on_verdict, on_bye, on_relay_wake, reachable)
+        control = cls(config, on_verdict, on_bye, on_relay_wake, on_ask, reachable)
         control._thread.start()
         return control
 
@@ -138,6 +146,7 @@ class Control:
         if self._pool is not None:
             self._pool.abandon_in_child()
         fds = [*self._pidfds.values(), *(peer.writer.get_extra_info("socket").fileno() for peer in self._peers.values())]
+        fds += [self._door.fileno()] if self._door is not None else []
         fds += [self._selector.fileno()] if hasattr(self._selector, "fileno") else []
         null = os.open(os.devnull, os.O_RDWR)
         for fd in fds:
@@ -157,12 +166,24 @@ class Control:
             runner.run(self._main())
 
     async def _main(self) -> None:
+        if _status.SUPPORTED:
+            try:
+                self._door = _status.Door(self._loop, self._config.job, self._rank, self._what_we_do)
+            except OSError as error:  # no more descriptors; the group must not depend on it
+                _log.info("rank %d: rt.doctor cannot ask this rank: %s", self._rank, error)
+        try:
+            await self._live()
+        finally:
+            if self._door is not None:
+                self._door.close()
+
+    async def _live(self) -> None:
         self._main_task = asyncio.current_task()
         self.ready.add_done_callback(lambda ready: self._post(self._give_up) if ready.cancelled() else None)
         if self._leaving.is_set():  # closed before the thread began
             self._give_up()
         try:
-            wiring = await bootstrap(self._config, reachable=self._reachable)
+            wiring = await bootstrap(self._config, reachable=self._reachable, on_begin=self._on_begin)
         except asyncio.CancelledError:
             self.ready.cancel()
             self.ready.set_running_or_notify_cancel()
@@ -193,6 +214,18 @@ class Control:
         for rank, host in enumerate(wiring.hosts):
             if host.pid != os.getpid() and wiring.hosts[self._rank].sees(host):
                 self._watch(rank, host.pid)
+
+    def _on_begin(self, missing: Callable[[], list[str]]) -> None:
+        self._missing = missing
+
+    async def _what_we_do(self) -> _status.Facts:
+        """What all ranks of the group are doing, as far as they say so; before there is a group, what this one waits for."""
+        found: _status.Facts = {"size": self._config.size, "rank": self._rank, "formed": bool(self._peers)}
+        if not self._peers:
+            return {**found, **_status.process(), "missing": self._missing()}
+        gone = {rank: "left" for rank in self._left} | {rank: "lost" for rank in self._lost}
+        answers = await self._inquiry.ask(rank for rank in range(self._config.size) if rank not in gone)
+        return {**found, "ranks": [answers.get(rank) for rank in range(self._config.size)], "gone": gone}
 
     def _give_up(self) -> None:
         if self._main_task is not None:
@@ -265,6 +298,8 @@ class Control:
             peer.knows.set()
         elif kind in (RELAY_DATA, RELAY_ACK):
             self._relay.on_frame(kind, payload)
+        elif kind in (ASK, TELL):
+            self._inquiry.on_frame(kind, payload)
         else:
             raise ValueError(f"a control message of unknown type {kind}")
 

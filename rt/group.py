@@ -159,6 +159,11 @@ class CoreGroup:
         found, signature = self._recent[sequence % _RECENT]
         return sequence.to_bytes(4, sys.byteorder) + signature[4:] if found == sequence else None
 
+    def latest(self) -> str:
+        """Return in words the collective that this rank called last, "" if it has called none."""
+        sequence, signature = max(self._recent)
+        return explain_signature(self.recent(sequence) or signature) if signature else ""
+
     def algorithm(self, kind: str, dtype: str, items: int) -> str | None:
         """Return the name of the schedule made last for such a call (its kind, dtype and items), None if none was; for measurements."""
         for call, ready in reversed(self._plans.items()):

@@ -62,6 +62,7 @@ class World:
     def __init__(self, ring: config.RingConfig) -> None:
         self.rank = ring.rank
         self.size = ring.size
+        self.timeout = ring.timeout
         self.lanes = 1  # connections per pair, once they are made
         self.authenticated = ring.secret.key is not None  # peers proved to know the job's secret
         self.direct: frozenset[tuple[int, int]] = frozenset()
@@ -91,7 +92,7 @@ class World:
             return future
         from rt.control import Control  # with all of bootstrap behind it: a group of one never needs it
 
-        self.control = Control.start(self._ring, on_verdict=self._on_verdict, on_bye=self._on_bye)
+        self.control = Control.start(self._ring, on_verdict=self._on_verdict, on_bye=self._on_bye, on_ask=self._on_ask)
         ready = self.control.ready
         ready.add_done_callback(lambda wiring: self._wired(wiring, future))
         future.add_done_callback(lambda f: ready.cancel() if f.cancelled() else None)
@@ -248,6 +249,11 @@ class World:
             groups = [group for group in self.groups.values() if rank not in group.ranks and self._forwards(rank, group)]
         for group in groups:
             group.fail(group.closed(f"rank {rank} of the world, which forwarded between ranks of this group, has left"))
+
+    def _on_ask(self) -> dict[str, Any]:
+        from rt import _status  # loaded by the control thread
+
+        return _status.describe(self)
 
     def _concerns(self, verdict: Verdict, group: CoreGroup) -> bool:
         if verdict.group:

@@ -27,12 +27,13 @@ def carriers(a: int, b: int, size: int) -> set[int]:
     return _between(a, b, size) | _between(b, a, size)
 
 
-def _way(source: int, destination: int, size: int) -> int:
+def shorter_way(source: int, destination: int, size: int) -> int:
+    """Return +1 where it is not farther to the right round a ring of ``size``, else -1; the next rank on the way finds the same."""
     return 1 if 2 * ((destination - source) % size) <= size else -1
 
 
 def _between(source: int, destination: int, size: int) -> set[int]:
-    way = _way(source, destination, size)
+    way = shorter_way(source, destination, size)
     hops = (way * (destination - source)) % size
     return {(source + way * hop) % size for hop in range(1, hops)}
 
@@ -174,7 +175,7 @@ class Relay:
     def end(self, peers: list[int]) -> None:
         """Control thread: tell ``peers`` that nothing more will come, behind everything sent before."""
         for peer in peers:
-            self._forward(RELAY_DATA, peer, _way(self._rank, peer, self._size), b"")
+            self._forward(RELAY_DATA, peer, shorter_way(self._rank, peer, self._size), b"")
 
     def lost(self, rank: int) -> None:
         """Control thread: ``rank`` is dead; end the pipes to it and through it."""
@@ -201,11 +202,11 @@ class Relay:
         self._send((self._rank + way) % self._size, kind, _HEAD.pack(self._rank, peer, way) + body)
 
     def _transmit(self, peer: int, piece: bytes) -> None:
-        self._post(self._forward, RELAY_DATA, peer, _way(self._rank, peer, self._size), piece)
+        self._post(self._forward, RELAY_DATA, peer, shorter_way(self._rank, peer, self._size), piece)
 
     def _acknowledge(self, peer: int, count: int) -> None:
         # Back the way the data came, so that data and acknowledgements depend on the same ranks.
-        self._post(self._forward, RELAY_ACK, peer, -_way(peer, self._rank, self._size), _COUNT.pack(count))
+        self._post(self._forward, RELAY_ACK, peer, -shorter_way(peer, self._rank, self._size), _COUNT.pack(count))
 
     def _wake(self, pipe: RelayPipe) -> None:
         if pipe.wake is not None:

@@ -1,0 +1,114 @@
+"""``rt.doctor``: why is it slow, why is it stuck?
+
+May live here: the command line, and the way from it to an exit code. May not: the parts. Hosts and the ways between them are examined in
+``_doctor_network`` and judged in ``_doctor_findings``; a running job is asked in ``_doctor_job``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from rt import _doctor_job, _status, interfaces
+from rt._doctor_findings import judge
+from rt._doctor_network import Examination
+from rt._doctor_probes import RemoteProbe
+from rt._doctor_show import as_json, show
+from rt.errors import ConfigError
+from rt.hostfile import Host, parse_hosts, read_hostfile
+
+_DESCRIPTION = """\
+Answer two questions: why is it slow (or does not even connect), and why is it stuck?
+
+With --hostfile or --hosts, it goes to every host by ssh, looks at versions, clocks, interfaces and addresses, then connects each host to
+each other one, and measures latency and bandwidth of every pair. With --job it asks the ranks of a job on this host what they are doing."""
+
+_EXAMPLES = """\
+examples:
+  rt.doctor --hostfile hosts.json               the file that rt.launch takes
+  rt.doctor --hosts node1,node2,user@node3      by name
+  rt.doctor --hosts a,b --iface eth1            at other interfaces than ssh's: as RT_SOCKET_IFNAME
+  rt.doctor --hostfile hosts.json --json        all that was seen, for a program or a bug report
+  rt.doctor --job                               what does each rank wait for?
+
+Nothing needs to run on the hosts but sshd and Python; nothing is left there. Pairs are measured in rounds that do not disturb each other:
+about two seconds per host.
+
+exit code: 0 if nothing is wrong, 1 if something was found, 2 if the command line is wrong."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the doctor and return its exit code; wrong usage raises SystemExit(2)."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.job is not None:
+        return _ask(options.job, options.json)
+    try:
+        choice = interfaces.parse(options.iface, "--iface") if options.iface else None
+        return _examine(_hosts(options), options.python, choice, options.json)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rt.doctor",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--hostfile", metavar="F.json", help="the hosts to look at, as rt.launch takes them")
+    what.add_argument("--hosts", metavar="A,B", help="the hosts to look at, by name or address")
+    what.add_argument("--job", nargs="?", const="", metavar="ID", help="what does each rank of a job do that runs here? ID: which job")
+    add = parser.add_argument
+    add("--python", default=sys.executable, metavar="PY", help="interpreter on the hosts (default: the path of this one)")
+    add("--iface", default=os.environ.get(interfaces.VARIABLE), metavar="LIST", help=f"which interfaces to use, as {interfaces.VARIABLE}")
+    add("--json", action="store_true", help="print everything that was seen as JSON")
+    return parser
+
+
+def _hosts(options: argparse.Namespace) -> list[Host]:
+    """Return each host once, whatever number of ranks it has."""
+    hosts = parse_hosts(options.hosts) if options.hosts is not None else read_hostfile(options.hostfile).hosts
+    return list({host.ssh: host for host in reversed(hosts)}.values())[::-1]
+
+
+def _examine(hosts: Sequence[Host], python: str, choice: interfaces.Choice | None, as_text: bool) -> int:
+    with Examination([RemoteProbe(host, python) for host in hosts], _say, choice) as examination:
+        examination.run()
+    findings = judge(examination.hosts, examination.links)
+    if as_text:
+        print(as_json(examination.hosts, examination.links, findings))
+    else:
+        from rich.console import Console
+
+        show(Console(), examination.hosts, examination.links, findings)
+    return 1 if findings else 0
+
+
+def _ask(wanted: str, as_text: bool) -> int:
+    if not _status.SUPPORTED:
+        _say("--job: found no Linux, expected one: only there a rank has a door that leaves nothing behind")
+        return 2
+    reports = _doctor_job.jobs(wanted)
+    if as_text:
+        print(_doctor_job.as_json(reports))
+    elif reports:
+        from rich.console import Console
+
+        _doctor_job.show(Console(), reports)
+    if not reports:
+        _say(f"no job of yours {f'whose identity begins with {wanted} ' if wanted else ''}has a rank on this host")
+    return 0 if reports else 1
+
+
+def _say(text: str) -> None:
+    print(f"rt.doctor: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
