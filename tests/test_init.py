@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import FRONTS, Ranks, in_order, results
+from ranks import FRONTS, Ranks, in_order, results, succeeded
 
 import rt
 import rt.sync
@@ -261,10 +261,12 @@ async def early_calls(rt: Any, group: Any, ctl: Any) -> None:
     """Rank 0 calls before the group has formed, rank 1 after: only the order of the calls can match them."""
     me = int(os.environ["RT_RANK"])
     if me:
+        ctl.hear()  # that rank 0 has called
         await rt.init()
     works = [rt.all_sum(np.full(1, i)) for i in range(3)]
     wrong = None if me else rt.all_sum([1, 2])
     works.append(rt.broadcast(np.full(1, 7 + me), 1))
+    ctl.tell("called")
     group = await rt.init()
     works.append(group.all_sum(np.full(1, 100)))
     if me:
@@ -279,7 +281,9 @@ async def early_calls(rt: Any, group: Any, ctl: Any) -> None:
 
 @loops
 def test_calls_before_init_keep_their_order(front: str) -> None:
-    results(2, early_calls, front=front, init=False)
+    with Ranks(2, early_calls, front=front, init=False) as ranks:
+        ranks.tell(1, ranks.hear(0))
+        succeeded(ranks.wait())
 
 
 async def never_formed(rt: Any, group: Any, ctl: Any) -> None:
