@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import itertools
 import logging
 import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import timedelta
 from importlib import import_module
 
@@ -34,6 +36,14 @@ Table = list[list[Address]]
 
 _log = logging.getLogger("rt")
 _stores = itertools.count()  # a second init in one process must not read the address that the first one published
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or a name by its spelling, means the host itself."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 class Rendezvous:
@@ -124,7 +134,7 @@ class Rendezvous:
     async def _coordinator_socket(self, coordinator: Address) -> socket.socket:
         fd = self._config.coordinator_fd
         if fd is None:
-            return await self._listen(coordinator, "the coordinator")
+            return await self._listen(await self._reachable_for_all(coordinator), "the coordinator")
         try:
             # A copy, so that this process may form a group again: until then, ranks that are quicker wait in the kernel's queue.
             listener = socket.socket(fileno=os.dup(fd))
@@ -132,6 +142,16 @@ class Rendezvous:
             raise ConfigError(f"{self._config.source}: found descriptor {fd} ({error.strerror}); expected a listening socket") from None
         listener.setblocking(False)
         return listener
+
+    async def _reachable_for_all(self, coordinator: Address) -> Address:
+        """Where to listen, so that ranks on other hosts come in: Debian has a host's own name mean 127.0.1.1 there, and nowhere else."""
+        if is_loopback(coordinator[0]) or self._config.secret.of_this_host:  # then no rank on another host is expected
+            return coordinator
+        with suppress(OSError):  # whoever listens will say it better
+            family, where = (await tcp.resolve(coordinator))[0]
+            if is_loopback(where[0]):
+                return ("::" if family == socket.AF_INET6 else "0.0.0.0"), coordinator[1]
+        return coordinator
 
     async def _coordinate(self, listener: socket.socket, address: Address) -> Table:
         """Rank 0: wait for everybody's addresses and hand out the table."""
@@ -143,6 +163,7 @@ class Rendezvous:
             self._changed.clear()
             await self._changed.wait()
         rows = [mine] + [self._enrolled[rank][1] for rank in range(1, self._size)]
+        self._check_loopback(rows)
         if len({len(row) for row in rows}) > 1:
             counts = ", ".join(f"rank {rank}: {len(row)}" for rank, row in enumerate(rows))
             _log.info("rank 0: different numbers of interfaces (%s): connections go over the first only", counts)
@@ -150,6 +171,18 @@ class Rendezvous:
         for writer in self.writers():
             tcp.write_json(writer, {"table": rows})
         return self._per_connection(rows)
+
+    def _check_loopback(self, rows: Table) -> None:
+        """Where the coordinator's name means loopback on some hosts, their ranks would be told to others as 127.0.0.1."""
+        peers = [writer.get_extra_info("peername") for writer in self.writers()]
+        foreign = next((peer for peer in peers if not is_loopback(peer[0])), None)
+        for rank, row in enumerate(rows[1:], 1):
+            if foreign is not None and is_loopback(row[0][0]):
+                raise RendezvousError(
+                    f"rank {self._rank}/{self._size}: rank {rank} is reached at {tcp.show(row[0])} only, since the coordinator's name "
+                    f"means loopback on its host, but another rank comes from {tcp.show(foreign)}: give RT_COORDINATOR an address and no "
+                    f"name, or set {interfaces.VARIABLE} on all ranks"
+                )
 
     def _per_connection(self, rows: Table) -> Table:
         return [row * self._config.connections for row in rows]

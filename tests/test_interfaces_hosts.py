@@ -6,14 +6,18 @@ May live here: ranks with a coordinator on hosts. May not: making hosts (``netns
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import hosts
 import netns
 import pytest
-from hosts import PATIENCE, PORT, ends, last_line, start
+from hosts import PATIENCE, PORT, PROGRAM, ROOT, ends, last_line, start
 
 pytestmark = hosts.NEEDED
 
@@ -94,3 +98,38 @@ def test_ipv6_and_a_network_of_it() -> None:
         ended, carried = used(both, ["fd01::/16"] * 2, RT_COORDINATOR=f"[fd00::1]:{PORT}")
         assert [status for status, _, _ in ended] == [0, 0], ended
         assert carried == ["cable1"]
+
+
+# --- a coordinator's name that means loopback on its own host -----------------------------------------------------------------------------
+
+
+def named(both: list[netns.Host], folder: Path, ranks: list[tuple[int, int]], **env: str) -> list[tuple[int, str, str]]:
+    """Run ranks, (number, host) each, with a coordinator ``node0``: there 127.0.1.1, as Debian has it, and 10.1.0.1 elsewhere."""
+    processes = []
+    for rank, number in ranks:
+        names = folder / f"names{number}"
+        names.write_text("127.0.0.1 localhost\n" + ("127.0.1.1 node0\n" if number == 0 else "10.1.0.1 node0\n"))
+        script = f'mount --bind {names} /etc/hosts && exec "$@"'
+        command = both[number].command("unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", PROGRAM)
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("RT_", "MLX_"))}
+        told = {"RT_RANK": str(rank), "RT_WORLD_SIZE": str(len(ranks)), "RT_COORDINATOR": f"node0:{PORT}", "RT_CONNECT_TIMEOUT": "20"}
+        environ = {**clean, "PYTHONPATH": ROOT, "RT_INSECURE": "1", **told, **env}
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True))
+    return ends(processes)
+
+
+def test_rank_0_is_reached_by_a_name_that_means_loopback_on_its_host(two_cables: list[netns.Host], tmp_path: Path) -> None:
+    ended = named(two_cables, tmp_path, [(0, 0), (1, 1)])
+    assert [(status, output) for status, output, _ in ended] == [(0, "sum 3.0 of 2\n")] * 2, ended
+
+
+def test_loopback_is_never_told_to_another_host(two_cables: list[netns.Host], tmp_path: Path) -> None:
+    ranks = [(0, 0), (1, 0), (2, 1)]
+    for status, _, errors in named(two_cables, tmp_path, ranks):
+        assert status == 1
+        expected = r"rank 1 is reached at 127\.0\.\d\.1:\d+ only, .* another rank comes from 10\.1\.0\.2:\d+: give RT_COORD"
+        assert re.search(expected, last_line(errors)), errors
+    until_running(two_cables)
+    ended = named(two_cables, tmp_path, ranks, RT_SOCKET_IFNAME="cable0")  # what the error says
+    assert [(status, output) for status, output, _ in ended] == [(0, "sum 6.0 of 3\n")] * 3, ended
