@@ -68,7 +68,7 @@ class LinkReport:
         address: of the target.
         outcome: ``ok``; ``refused``, ``silent``, ``unreachable``: what a connection met; ``stranger``: somebody else answered; ``broke``.
         why: the system's words for that.
-        shut: what a connection to a port met on which nobody listens.
+        shut: where the port is ``silent``, what a connection to one met on which nobody listens.
         local: the address from which the source came.
         seen: the address from which it came for the target.
         latency: seconds of a round trip of one byte, median; None where not measured.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 VERSION = 1
+_MOST_INTERFACES = 8  # hosts
 
 
 def as_json(hosts: Sequence[HostReport], links: Sequence[LinkReport], findings: Sequence[Finding]) -> str:
@@ -40,6 +41,8 @@ def show(console: Console, hosts: Sequence[HostReport], links: Sequence[LinkRepo
     if links:
         _matrix(console, hosts, links, "bandwidth", "one TCP stream")
         _matrix(console, hosts, links, "latency", "round trip")
+        if len(hosts) <= _MOST_INTERFACES:
+            _matrix(console, hosts, links, "interfaces", "it leaves by / comes in at")
     worst = slowest(links)
     if worst is not None and len(links) > 1:
         console.print(f"slowest: {name(hosts, worst)}, {show_rate(worst.bandwidth)}\n", highlight=False)
@@ -91,7 +94,8 @@ def _matrix(console: Console, hosts: Sequence[HostReport], links: Sequence[LinkR
         cells = []
         for target in range(len(hosts)):
             ways = [link for link in links if (link.source, link.target) == (source, target)]
-            cells.append(_cell(ways, what, worst) if source != target else "-")
+            cell = "-" if source == target else _cell(ways, what, worst)
+            cells.append(_devices(hosts, ways) if what == "interfaces" and ways else cell)
         table.add_row(host.name, *cells)
     console.print(table)
 
@@ -108,6 +112,11 @@ def _cell(ways: Sequence[LinkReport], what: str, worst: LinkReport | None) -> st
     least = min(measured, key=lambda way: way.bandwidth or 0.0)
     text = show_rate(least.bandwidth)
     return f"[bold yellow]{text}[/]" if least is worst else text
+
+
+def _devices(hosts: Sequence[HostReport], ways: Sequence[LinkReport]) -> str:
+    found = [(_device(hosts[way.source], way.local), _device(hosts[way.target], way.address)) for way in ways if way.local]
+    return "\n".join(f"{leaving or '?'} / {arriving or '?'}" for leaving, arriving in found)
 
 
 def _device(host: HostReport, address: str) -> str:

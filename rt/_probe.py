@@ -26,7 +26,8 @@ from typing import Any, BinaryIO
 
 from rt.interfaces import listing
 
-CONNECT_SECONDS = 4.0
+_CONNECT_SECONDS = 4.0  # TCP asks again after one second and after three
+_SHUT_SECONDS = 2.0
 _SILENCE_SECONDS = 4.0  # within a connection
 _PINGS_SECONDS = 0.2
 _PINGS_MOST = 200
@@ -103,8 +104,7 @@ class Probe:
         """
         sock, found = self._connect(address, port, "echo")
         if sock is None:
-            found["shut"] = _outcome(address, shut)
-            return found
+            return found | ({"shut": _outcome(address, shut)} if found["outcome"] == "silent" else {})
         with sock:
             found["mss"] = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
             try:
@@ -144,7 +144,7 @@ class Probe:
 
     def _connect(self, address: str, port: int, what: str, duration: float = 0.0) -> tuple[socket.socket | None, Answer]:
         try:
-            sock = socket.create_connection((address, port), CONNECT_SECONDS)
+            sock = socket.create_connection((address, port), _CONNECT_SECONDS)
         except OSError as error:
             return None, _failure(error)
         try:
@@ -229,7 +229,7 @@ def _failure(error: OSError) -> Answer:
 
 def _outcome(address: str, port: int) -> str:
     try:
-        socket.create_connection((address, port), CONNECT_SECONDS).close()
+        socket.create_connection((address, port), _SHUT_SECONDS).close()
     except OSError as error:
         return str(_failure(error)["outcome"])
     return "ok"

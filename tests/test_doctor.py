@@ -5,8 +5,10 @@ May live here: what needs no other host. May not: real hosts (``test_doctor_host
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +24,7 @@ from rt import _doctor_probes
 from rt._doctor_findings import Finding, judge, show_rate, show_time, slowest
 from rt._doctor_network import HostReport, LinkReport, rounds
 from rt._doctor_probes import RemoteProbe, Silent
+from rt._doctor_show import show
 from rt.hostfile import Host
 from rt.interfaces import Interface
 
@@ -147,6 +150,28 @@ def test_different_mtus_matter_on_one_network_only() -> None:
 def test_units() -> None:
     assert [show_rate(rate) for rate in (1.25e9, 5.9e6, 1e3)] == ["10 Gbit/s", "47.2 Mbit/s", "8 kbit/s"]
     assert [show_time(seconds) for seconds in (12.34e-6, 0.0456)] == ["12.3 us", "45.6 ms"]
+
+
+def test_what_is_shown() -> None:
+    from rich.console import Console
+
+    written = io.StringIO()
+    reports = [host(0), host(1), host(2, facts={}, problem="no [such] host", advice="look", addresses=[])]
+    reports[2].facts = {}
+    ways = links(2, outcome="silent", shut="refused", bandwidth=None, latency=None)
+    show(Console(file=written, width=150), reports, ways, judge(reports, ways))
+    text = written.getvalue()
+    for expected in (
+        r"h0 +1\.0 +3\.11\.2 +\+0 ms +10\.0\.0\.1 +eth0 +1500 +ssh",
+        r"h2 +not reached",
+        r"h0 +- +silent",
+        r"h1 +8 Gbit/s +-",
+        r"h1 +20 us +-",
+        r"h1 +eth0 / eth0 +-",
+        r"error h2: no \[such\] host\n    look",
+        r"error h0 -> h1: no answer from the port",
+    ):
+        assert re.search(expected, text), text
 
 
 # --- hosts that do not answer ------------------------------------------------------------------------------------------------------------
