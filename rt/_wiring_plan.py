@@ -1,0 +1,108 @@
+"""Addresses for the ports of segments: what they have is kept where it is good, else each segment gets a network of its own.
+
+May live here: arithmetic on networks. May not: commands (``_wiring_commands``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Interface, IPv4Network, collapse_addresses
+
+from rt._wiring_model import LINK_LOCAL, Machine, Segment
+from rt.errors import ConfigError
+
+_POOLS = tuple(map(IPv4Network, ("192.168.0.0/16", "10.0.0.0/8", "172.16.0.0/12")))  # RFC 1918
+# VPNs split the default route in two or four: that is no network in use.
+_SHORTEST = 8
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A segment with the address of each of its ports.
+
+    Attributes:
+        segment: the ports.
+        addresses: in order of ``segment.ports``, all of one network.
+        fresh: the ports do not have these addresses yet.
+    """
+
+    segment: Segment
+    addresses: tuple[IPv4Interface, ...]
+    fresh: bool
+
+    def of(self, host: int) -> str:
+        """Return the address of a host's port."""
+        return next(str(address.ip) for port, address in zip(self.segment.ports, self.addresses, strict=True) if port.host == host)
+
+
+def plan(machines: Sequence[Machine], segments: Sequence[Segment]) -> list[Wire]:
+    """Return wires in order of the segments.
+
+    Networks that any host has an address in or a route to are left alone: what one host can reach there, it shall go on reaching.
+
+    Raises:
+        ConfigError: the private networks are used up.
+    """
+    kept: dict[Segment, Wire] = {}
+    for segment in segments:
+        wire = _kept(segment, machines, [other.addresses[0].network for other in kept.values()])
+        if wire is not None:
+            kept[segment] = wire
+    busy = {network for machine in machines for network in machine.networks if network.prefixlen >= _SHORTEST}
+    new = _networks([len(segment.ports) for segment in segments if segment not in kept], busy)
+    return [kept.get(segment) or _fresh(segment, next(new)) for segment in segments]
+
+
+def _kept(segment: Segment, machines: Sequence[Machine], taken: Iterable[IPv4Network]) -> Wire | None:
+    """Return the addresses that the ports have in one network, if nothing else on these hosts has addresses there."""
+    if any(port.bridge for port in segment.ports):
+        return None
+    for first in segment.ports[0].addresses:
+        network = first.network
+        here = [next((each for each in port.addresses if each.network == network), None) for port in segment.ports]
+        addresses = tuple(each for each in here if each is not None)
+        if len(addresses) < len(here) or len(set(addresses)) < len(here) or network.overlaps(LINK_LOCAL) or network.prefixlen == 32:
+            continue
+        others = [
+            address.network
+            for port in segment.ports
+            for other in machines[port.host].ports
+            if other is not port and other not in segment.ports
+            for address in other.addresses
+        ]
+        if not any(network.overlaps(other) for other in [*others, *taken]):
+            return Wire(segment, addresses, fresh=False)
+    return None
+
+
+def _fresh(segment: Segment, network: IPv4Network) -> Wire:
+    first = int(network.network_address) + 1
+    addresses = tuple(IPv4Interface((first + place, network.prefixlen)) for place in range(len(segment.ports)))
+    return Wire(segment, addresses, fresh=True)
+
+
+def _networks(ports: Sequence[int], busy: Iterable[IPv4Network]) -> Iterator[IPv4Network]:
+    """Yield a network with room for so many ports, one after the other, none of them ``busy``."""
+    used = sorted(collapse_addresses(busy))
+    pools = iter(_POOLS)
+    pool = next(pools)
+    at, end = int(pool.network_address), int(pool.broadcast_address)
+    for count in ports:
+        prefix = 32 - max(2, (count + 1).bit_length())  # the network's own address and the broadcast address are nobody's
+        while True:
+            size = 1 << (32 - prefix)
+            at = -(-at // size) * size
+            if at + size - 1 > end:
+                later = next(pools, None)
+                if later is None:
+                    raise ConfigError(f"no private network is left for {count} ports: the hosts use {', '.join(map(str, used[:8]))} ...")
+                at, end = int(later.network_address), int(later.broadcast_address)
+                continue
+            found = IPv4Network((at, prefix))
+            blocking = next((network for network in used if network.overlaps(found)), None)
+            if blocking is None:
+                break
+            at = max(at + size, int(blocking.broadcast_address) + 1)
+        yield found
+        at += size
