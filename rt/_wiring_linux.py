@@ -30,7 +30,7 @@ def machine(index: int, facts: Facts) -> Machine:
     if "no ping" in facts.said:
         remarks.append("it has no ping (Debian: iputils-ping), so cables whose ends have no addresses are not found from here")
     ports = [_port(index, link, sysfs, heard, devices) for link in links if _is_port(link)]
-    default = next((route.get("dev", "") for route in _main(routes) if route.get("dst") == "default"), "")
+    default = next((route.get("dev", "") for route in _made(routes) if route.get("dst") == "default"), "")
     own = {address.network for link in links for address in _addresses(link)}
     root = facts.text("user").strip() == "0"
     return Machine(
@@ -112,15 +112,15 @@ def _addresses(link: Item) -> list[IPv4Interface]:
     return [IPv4Interface(f"{info['local']}/{info['prefixlen']}") for info in infos if info.get("family") == "inet" and "local" in info]
 
 
-def _main(routes: list[Item]) -> list[Item]:
-    """Return the IPv4 routes that somebody made, the preferred first."""
+def _made(routes: list[Item]) -> list[Item]:
+    """Return the IPv4 routes that somebody made, the preferred first; what is to be unreachable is in use as well."""
     ours = [route for route in routes if ":" not in route.get("dst", "") + route.get("gateway", "")]
-    made = [route for route in ours if route.get("type", "unicast") == "unicast"]
+    made = [route for route in ours if route.get("type") not in ("local", "broadcast", "multicast", "anycast")]
     return sorted(made, key=lambda route: int(route.get("metric", 0)))
 
 
 def _routed(routes: list[Item]) -> set[IPv4Network]:
-    return {IPv4Network(route["dst"], strict=False) for route in _main(routes) if route.get("dst", "default") != "default"}
+    return {IPv4Network(route["dst"], strict=False) for route in _made(routes) if route.get("dst", "default") != "default"}
 
 
 def _address(links: list[Item], default: str) -> str:

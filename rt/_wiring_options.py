@@ -6,9 +6,11 @@ May live here: options and their help. May not: asking hosts, decisions about ca
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rt import interfaces
 from rt._wiring_choose import BACKENDS, OVERS
 from rt.errors import ConfigError
 from rt.hostfile import Hostfile, check_variable, parse_hosts, read_hostfile
@@ -52,6 +54,7 @@ class Options:
     hosts: Hostfile | None
     over: str
     backend: str
+    iface: interfaces.Choice | None
     envs: tuple[str, ...]
     ignore_unreachable: bool
     auto_setup: bool
@@ -75,6 +78,7 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error(f"--facts and {'--auto-setup' if found.auto_setup else '--save-facts'}: found both, but --facts touches no host")
     try:
         hosts = _hosts(found.hosts, found.hostfile, found.facts)
+        iface = _iface(found.iface)
         for entry in found.env:
             check_variable(entry, "--env")
     except ConfigError as error:
@@ -83,6 +87,7 @@ def parse(argv: Sequence[str]) -> Options:
         hosts=hosts,
         over=found.over,
         backend=found.backend or "",
+        iface=iface,
         envs=tuple(found.env),
         ignore_unreachable=found.ignore_unreachable,
         auto_setup=found.auto_setup,
@@ -108,6 +113,12 @@ def _hosts(listed: str | None, file: str | None, facts: str | None) -> Hostfile 
     return Hostfile(tuple(once.values()), named.backend, named.envs)
 
 
+def _iface(option: str | None) -> interfaces.Choice | None:
+    if option is not None:
+        return interfaces.parse(option, "--iface")
+    return interfaces.parse(os.environ[interfaces.VARIABLE]) if interfaces.VARIABLE in os.environ else None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rt.distributed_config",
@@ -122,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--hostfile", metavar="F", help="take the hosts of a hostfile; what else it says of them is found out anew")
     add("--over", choices=OVERS, default="auto", help="auto (default): Thunderbolt if there is a cable, else RDMA, else Ethernet")
     add("--backend", choices=BACKENDS, help="default: the best that the cables and hosts allow")
+    add("--iface", metavar="WHICH", help="use these interfaces only: eth (begin so), =en2,en3, ^eth0 (not), 10.0.0.0/8; RT_SOCKET_IFNAME")
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="for every rank, kept in the hostfile; repeatable")
     add("--output", "--output-hostfile", metavar="F", help="write the hostfile there, not to stdout")
     setup = "run the commands that give addresses, where root or `sudo -n` allows; else they are printed"

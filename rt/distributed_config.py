@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 
 from rt import _wiring_choose as choosing
 from rt import _wiring_draw as draw
@@ -26,6 +27,7 @@ from rt._wiring_plan import Wire, plan
 from rt._wiring_segments import segments
 from rt.errors import ConfigError
 from rt.hostfile import Host, Hostfile, show_hostfile
+from rt.interfaces import Choice, Interface
 
 _SECONDS = 60.0  # for a host to answer: system_profiler takes a few on a Mac with many devices
 _SYSTEMS = {"Darwin": _wiring_macos.machine, "Linux": _wiring_linux.machine}
@@ -54,7 +56,7 @@ def _run(options: Options) -> int:
     if options.save_facts:
         facts.save(options.save_facts, asked, unreachable)
     _check_all_there(asked, unreachable, options.ignore_unreachable)
-    machines = [_machine(index, each) for index, each in enumerate(asked)]
+    machines = [_with_ports(_machine(index, each), options.iface) for index, each in enumerate(asked)]
     found = segments(machines)
     over = choosing.chosen_over(found) if options.over == "auto" else options.over
     shown = choosing.shown(found, over)
@@ -169,6 +171,14 @@ def _machine(index: int, told: Facts) -> Machine:
     if told.system not in _SYSTEMS:
         raise ConfigError(f"{told.ssh}: found system {told.system!r}, expected one of {', '.join(_SYSTEMS)}")
     return _SYSTEMS[told.system](index, told)
+
+
+def _with_ports(machine: Machine, choice: Choice | None) -> Machine:
+    """Leave the ports that ``--iface`` allows."""
+    if choice is None:
+        return machine
+    ports = [(port, Interface(port.name, tuple(map(str, port.addresses)))) for port in machine.ports]
+    return replace(machine, ports=tuple(port for port, interface in ports if (choice.rank(interface) is None) == choice.exclude))
 
 
 # --- setting up --------------------------------------------------------------------------------------------------------------------------

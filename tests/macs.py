@@ -161,16 +161,16 @@ def stand_ins(folder: Path, mac: Mac) -> Path:
     for tool, question in _TOOLS.items():
         code, out = tools[question]
         (folder / f"{tool}.txt").write_text(out)
-        _executable(folder / tool, f"cat '{folder}/{tool}.txt'; exit {code}")
+        executable(folder / tool, f"cat '{folder}/{tool}.txt'; exit {code}")
     (folder / "ifconfig.txt").write_text(tools["ifconfig"][1])
-    _executable(folder / "ifconfig", f"cat '{folder}/ifconfig.txt'")
+    executable(folder / "ifconfig", f"cat '{folder}/ifconfig.txt'")
     # What sudo runs changes nothing here: it is noted.
     refuse = "echo 'sudo: a password is required' >&2; exit 1"
     note = f'[ "$1" = -n ] || echo "$*" >> "{folder}/done"'
-    _executable(folder / "sudo", note if mac.sudo else refuse)
+    executable(folder / "sudo", note if mac.sudo else refuse)
     return folder
 
 
-def _executable(path: Path, script: str) -> None:
+def executable(path: Path, script: str) -> None:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)

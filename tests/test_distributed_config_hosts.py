@@ -1,0 +1,318 @@
+"""``rt.distributed_config`` over real ssh: Linux hosts with real cables, and Macs whose tools are stand-ins on real hosts.
+
+May live here: discovery, set-up, and a job over what was written. May not: what needs no host (``test_distributed_config``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import macs
+import netns
+import pytest
+import sshd
+from hosts import PORT, ROOT, ends, last_line, start
+from macs import Mac
+
+from rt.hostfile import Hostfile, read_hostfile
+
+pytestmark = sshd.NEEDED
+
+PATIENCE = 60.0
+
+
+def config(site: sshd.Site, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the tool at the desk, in ``folder``."""
+    program = f"cd '{folder}' && PYTHONPATH='{ROOT}' exec \"$0\" -m rt.distributed_config \"$@\""
+    return subprocess.run(site.command("sh", "-c", program, sys.executable, *words), capture_output=True, text=True, timeout=PATIENCE)
+
+
+def at_once(host: netns.Host) -> None:
+    """Let IPv6 addresses of new interfaces be used without the second in which a host asks whether they are its own."""
+    host._run("sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad")
+
+
+def cable(left: netns.Host, left_name: str, right: netns.Host, right_name: str) -> None:
+    """Lay a cable whose ends have no addresses."""
+    left.ip(f"link add {left_name} type veth peer name {right_name} netns {right.holder}")
+    left.ip(f"link set {left_name} up")
+    right.ip(f"link set {right_name} up")
+
+
+@contextlib.contextmanager
+def neighbours(folder: Path, count: int, *, ways: int = 1, options: Mapping[int, Sequence[str]] = {}) -> Iterator[sshd.Site]:
+    """Hosts in a ring of cables without addresses: ``right<n>`` of each leads to ``left<n>`` of the next."""
+    with sshd.site(folder, count, options=options) as site:
+        hosts = [server.host for server in site.servers]
+        for host in hosts:
+            at_once(host)
+        for number, host in enumerate(hosts):
+            for way in range(ways):
+                cable(host, f"right{way}", hosts[(number + 1) % count], f"left{way}")
+        yield site
+
+
+def addresses(host: netns.Host) -> dict[str, list[str]]:
+    links: list[dict[str, Any]] = json.loads(host.ip("-4 -j address show"))
+    return {link["ifname"]: [f"{info['local']}/{info['prefixlen']}" for info in link["addr_info"]] for link in links}
+
+
+def job(hosts: Sequence[netns.Host], written: Hostfile, folder: Path) -> list[str]:
+    """Run a rank per host over the addresses of a hostfile, as a ring file has them."""
+    ring = [[f"{ip}:{PORT + way}" for way, ip in enumerate(host.ips)] for host in written.hosts]
+    (folder / "ring.json").write_text(json.dumps(ring))
+    ranks = [
+        start(hosts[int(host.ssh.removeprefix("host"))], RT_RANK=str(rank), RT_HOSTFILE=str(folder / "ring.json"), RT_INSECURE="1")
+        for rank, host in enumerate(written.hosts)
+    ]
+    return [last_line(out) or err for _, out, err in ends(ranks)]
+
+
+# --- Linux -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+def test_cables_without_addresses_become_a_ring_over_which_ranks_reduce(ways: int, tmp_path: Path) -> None:
+    with neighbours(tmp_path, 4, ways=ways) as site:
+        hosts = [server.host for server in site.servers]
+        names = "host0,host2,host1,host3"  # not the order of the cables
+        done = config(site, tmp_path, "--hosts", names, "--iface", "left,right", "--auto-setup", "--output", "hosts.json")
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        assert "over Ethernet, backend ring: ring host0 host1 host2 host3" in done.stderr and "set up: host0, host2" in done.stderr
+        written = read_hostfile(tmp_path / "hosts.json")
+        assert [host.ssh for host in written.hosts] == ["host0", "host1", "host2", "host3"]
+        assert [len(host.ips) for host in written.hosts] == [ways] * 4
+        for rank, host in enumerate(written.hosts):
+            there = addresses(hosts[rank])
+            assert [f"{ip}/30" for ip in host.ips] == [there[f"left{way}"][0] for way in range(ways)]
+        assert job(hosts, written, tmp_path) == ["sum 10.0 of 4"] * 4
+        # A second run finds all as it should be and changes nothing.
+        again = config(site, tmp_path, "--hosts", names, "--iface", "left,right", "--output", "again.json")
+        assert "Setup for" not in again.stderr and read_hostfile(tmp_path / "again.json") == written
+
+
+def test_networks_that_any_host_uses_are_left_alone(tmp_path: Path) -> None:
+    with neighbours(tmp_path, 2) as site:
+        hosts = [server.host for server in site.servers]
+        hosts[1].ip("link add name other type bridge")
+        hosts[1].ip("address add 192.168.0.1/24 dev other")
+        hosts[1].ip("link set other up")
+        hosts[0].ip("route add blackhole 192.168.2.0/24")
+        hosts[0].ip("route add 192.168.1.0/24 via 10.2.0.2 table 7")  # as VPNs do
+        done = config(site, tmp_path, "--hosts", "host0,host1", "--iface", "left,right", "--auto-setup", "--output", "hosts.json")
+        assert done.returncode == 0, done.stderr
+        written = read_hostfile(tmp_path / "hosts.json")
+        assert [[ip.rpartition(".")[0] for ip in host.ips] for host in written.hosts] == [["192.168.3", "192.168.3"]] * 2
+        assert job(hosts, written, tmp_path) == ["sum 3.0 of 2"] * 2
+
+
+def test_hosts_on_one_switch_keep_their_addresses(tmp_path: Path) -> None:
+    with sshd.site(tmp_path, 3) as site:
+        done = config(site, tmp_path, "--hosts", "host2,10.2.0.1,host1", "--auto-setup", "--output", "hosts.json")
+        assert done.returncode == 0, done.stderr
+        written = read_hostfile(tmp_path / "hosts.json")
+        assert [(host.ssh, host.ips) for host in written.hosts] == [
+            ("host2", ("10.2.0.3",)), ("10.2.0.1", ("10.2.0.1",)), ("host1", ("10.2.0.2",)),
+        ]  # fmt: skip
+        assert written.backend == "" and "set up" not in done.stderr
+
+
+def test_rdma_devices_make_a_mesh_on_a_switch(tmp_path: Path) -> None:
+    """The devices are a stand-in of rdma's; which cable each is on is asked of the real hosts."""
+    options = {number: [f"SetEnv PATH={tmp_path}/bin{number}:/usr/bin:/bin:/usr/sbin:/sbin"] for number in range(3)}
+    for number in range(3):
+        (tmp_path / f"bin{number}").mkdir()
+        device = {"ifindex": 0, "ifname": f"mlx5_{number}", "port": 1, "state": "ACTIVE", "physical_state": "LINK_UP", "netdev": "cable"}
+        macs.executable(tmp_path / f"bin{number}" / "rdma", f"echo '{json.dumps([device])}'")
+    with sshd.site(tmp_path, 3, options=options) as site:
+        done = config(site, tmp_path, "--hosts", "host0,host1,host2")
+    assert "over RDMA, backend jaccl: mesh host0 host1 host2" in done.stderr
+    assert [host["rdma"] for host in json.loads(done.stdout)["hosts"]] == [
+        [None, "mlx5_0", "mlx5_0"], ["mlx5_1", None, "mlx5_1"], ["mlx5_2", "mlx5_2", None],
+    ]  # fmt: skip
+
+
+def test_a_cable_that_is_pulled_is_missing_from_the_ring(tmp_path: Path) -> None:
+    with neighbours(tmp_path, 3) as site:
+        names = ["--hosts", "host0,host1,host2", "--iface", "left,right"]
+        site.servers[0].host.ip("link set right0 down")
+        done = config(site, tmp_path, *names, "--verbose", "--output", "hosts.json")
+        assert done.returncode == 1 and not (tmp_path / "hosts.json").exists()
+        for said in ("host0 is connected to host2 only", "host1 is connected to host2 only", "right0 (down)", "--hosts host0,host2"):
+            assert said in done.stderr, done.stderr
+
+
+def test_a_file_of_facts_says_the_same_again_without_the_hosts(tmp_path: Path) -> None:
+    with neighbours(tmp_path, 3) as site:
+        done = config(site, tmp_path, "--hosts", "host0,host1,host2", "--iface", "left,right", "--json", "--save-facts", "facts.json")
+        assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "rt.distributed_config", "--facts", str(tmp_path / "facts.json"), "--iface", "left,right", "--json"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert again.stdout == done.stdout and json.loads(again.stdout)["setup"]["host0"][0].startswith("ip address replace 192.168.")
+
+
+def test_hosts_that_do_not_answer(tmp_path: Path) -> None:
+    password = ["PubkeyAuthentication no", "PasswordAuthentication yes"]
+    with sshd.site(tmp_path, 3, options={1: password}) as site:
+        site.servers[2].kill()
+        done = config(site, tmp_path, "--hosts", "host0,host1,host2,localhost")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "host1: " in done.stderr and "ssh-copy-id host1" in done.stderr and "host2: " in done.stderr
+        assert "--ignore-unreachable goes on without" in done.stderr and "localhost" not in done.stderr
+        done = config(site, tmp_path, "--hosts", "host0,host1,localhost", "--ignore-unreachable")
+        assert [host["ssh"] for host in json.loads(done.stdout)["hosts"]] == ["host0", "localhost"], done.stderr
+
+
+def test_a_command_that_fails_is_said_and_no_hostfile_written(tmp_path: Path) -> None:
+    with sshd.site(tmp_path, 2, options={1: [f"SetEnv PATH={tmp_path}/bin:/usr/bin:/bin:/usr/sbin:/sbin"]}) as site:
+        hosts = [server.host for server in site.servers]
+        for host in hosts:
+            at_once(host)
+        cable(hosts[0], "right0", hosts[1], "left0")
+        (tmp_path / "bin").mkdir()
+        macs.executable(tmp_path / "bin" / "ip", '[ "$2" != replace ] || { echo "ip: broken" >&2; exit 9; }; exec /usr/sbin/ip "$@"')
+        done = config(site, tmp_path, "--hosts", "host0,host1", "--iface", "left,right", "--auto-setup", "--output", "hosts.json")
+        assert done.returncode == 1 and "host1: a command ended with 9: ip: broken" in done.stderr
+        assert not (tmp_path / "hosts.json").exists()
+
+
+@pytest.mark.parametrize("manager", ["NetworkManager", "systemd-networkd"])
+def test_addresses_that_outlive_a_restart(manager: str, tmp_path: Path) -> None:
+    """The managers are stand-ins that note what they are told: neither runs without an own system bus. The file for networkd is real."""
+    bins = [tmp_path / f"bin{number}" for number in range(2)]
+    options = {number: [f"SetEnv PATH={folder}:/usr/bin:/bin:/usr/sbin:/sbin"] for number, folder in enumerate(bins)}
+    prepare = {
+        number: ["mkdir -p /etc/systemd/network", f"mount --bind {folder}/network /etc/systemd/network"]
+        for number, folder in enumerate(bins)
+    }
+    for folder in bins:
+        (folder / "network").mkdir(parents=True)
+        states = ["active" if manager == name else "inactive" for name in ("NetworkManager", "systemd-networkd")]
+        macs.executable(folder / "systemctl", f"printf '{states[0]}\\n{states[1]}\\n'; exit 3")
+        for tool in ("nmcli", "networkctl"):
+            macs.executable(folder / tool, f'echo "$*" >> "{folder}/done"; [ "$2" != delete ]')
+    with sshd.site(tmp_path, 2, options=options, prepare=prepare) as site:
+        hosts = [server.host for server in site.servers]
+        for host in hosts:
+            at_once(host)
+        cable(hosts[0], "right0", hosts[1], "left0")
+        words = ["--hosts", "host0,host1", "--iface", "left,right", "--auto-setup", "--persist", "--output", "hosts.json"]
+        done = config(site, tmp_path, *words)
+        assert done.returncode == 0, done.stderr
+    told = (bins[1] / "done").read_text().splitlines()
+    if manager == "NetworkManager":
+        assert told[0] == "connection delete rt-left0" and told[2] == "connection up rt-left0"
+        assert "ifname left0 ipv4.method manual ipv4.addresses 192.168.0.2/30" in told[1]
+    else:
+        assert told == ["reload"]
+        lines = (bins[1] / "network" / "10-rt-left0.network").read_text().splitlines()
+        assert lines[:2] == ["[Match]", "Name=left0"] and "Address=192.168.0.2/30" in lines
+
+
+# --- Macs --------------------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def site_of_macs(folder: Path, made: Sequence[Mac]) -> Iterator[sshd.Site]:
+    """Hosts whose ssh sessions find the tools of Macs first."""
+    bins = [macs.stand_ins(folder / f"bin{mac.number}", mac) for mac in made]
+    options = {number: [f"SetEnv PATH={path}:/usr/bin:/bin"] for number, path in enumerate(bins)}
+    with sshd.site(folder, len(made), options=options) as site:
+        yield site
+
+
+NAMES = ["--hosts", "host0,host1,host2,host3"]
+
+
+def done_on(folder: Path, mac: Mac) -> list[str]:
+    noted = folder / f"bin{mac.number}" / "done"
+    return noted.read_text().splitlines() if noted.exists() else []
+
+
+def test_the_recipe_for_jaccl(tmp_path: Path) -> None:
+    made = macs.macs(4, macs.MESH)
+    with site_of_macs(tmp_path, made) as site:
+        drawn = config(site, tmp_path, "--verbose", *NAMES, "--over", "thunderbolt", "--dot")
+        picture = subprocess.run(["dot", "-Tpng"], input=drawn.stdout.encode(), capture_output=True, timeout=PATIENCE, check=True)
+        assert picture.stdout.startswith(b"\x89PNG")
+        words = ["--verbose", *NAMES, "--over", "thunderbolt", "--backend", "jaccl", "--auto-setup", "--output", "m.json"]
+        done = config(site, tmp_path, *words)
+        assert done.returncode == 0, done.stderr
+    written = read_hostfile(tmp_path / "m.json")
+    assert (written.backend, [host.ips for host in written.hosts]) == ("jaccl", [(f"192.168.0.{10 + number}",) for number in range(4)])
+    assert written.hosts[1].rdma == ("rdma_en2", None, "rdma_en3", "rdma_en4")
+    assert done_on(tmp_path, made[0])[:3] == [
+        "ifconfig bridge0 down", "ifconfig en2 inet 192.168.1.1 netmask 255.255.255.252", "route change 192.168.1.2 -interface en2",
+    ]  # fmt: skip
+    assert [len(done_on(tmp_path, mac)) for mac in made] == [7] * 4
+
+
+def test_the_recipe_for_a_ring(tmp_path: Path) -> None:
+    made = macs.macs(4, macs.CROSSED_RING)
+    for mac in made:
+        mac.rdma = False
+    with site_of_macs(tmp_path, made) as site:
+        done = config(site, tmp_path, "--verbose", *NAMES, "--auto-setup", "--output", "hosts.json")
+        assert done.returncode == 0, done.stderr
+    assert "no RDMA device" in done.stderr
+    written = read_hostfile(tmp_path / "hosts.json")
+    assert (written.backend, [host.ssh for host in written.hosts]) == ("ring", ["host0", "host2", "host1", "host3"])
+    for rank, host in enumerate(written.hosts):
+        here, left = (made[int(written.hosts[each].ssh[-1])] for each in (rank, rank - 1))
+        port = next(port for port, (peer, _) in here.peers.items() if peer == left.number)
+        assert f"ifconfig en{port + 1} inet {host.ips[0]} netmask 255.255.255.252" in done_on(tmp_path, here)
+
+
+def test_a_broken_mesh(tmp_path: Path) -> None:
+    made = macs.macs(4, macs.MESH)
+    del made[0].peers[3]
+    with site_of_macs(tmp_path, made) as site:
+        strict = config(site, tmp_path, *NAMES, "--backend", "jaccl", "--svg", "cables.svg", "--save-facts", "facts.json")
+        assert strict.returncode == 1 and "host0 is not connected to host3" in strict.stderr
+        assert "broken cable: host3 en2 sees host0 en4, which does not see it" in strict.stderr
+        assert "broken: host3 en2 sees host0 en4" in (tmp_path / "cables.svg").read_text()
+        best = config(site, tmp_path, *NAMES)
+        assert json.loads(best.stdout)["backend"] == "jaccl-ring"
+
+
+def test_two_rings(tmp_path: Path) -> None:
+    made = macs.macs(4, macs.TWO_RINGS)
+    with site_of_macs(tmp_path, made) as site:
+        done = config(site, tmp_path, *NAMES, "--backend", "ring")
+    assert "2 cables between neighbours: as many rings" in done.stderr
+    assert [len(host["ips"]) for host in json.loads(done.stdout)["hosts"]] == [2] * 4
+
+
+def test_one_mac_without_sudo_gets_its_commands_printed(tmp_path: Path) -> None:
+    made = macs.macs(4, macs.RING)
+    made[2].sudo = False
+    with site_of_macs(tmp_path, made) as site:
+        done = config(site, tmp_path, *NAMES, "--auto-setup", "--output", "hosts.json")
+    assert done.returncode == 1 and "set up: host0, host1, host3" in done.stderr
+    assert "Setup for host2 (its sudo wants a password: run them yourself)" in done.stderr
+    assert "sudo ifconfig en2 inet 192.168.1.10 netmask 255.255.255.252" in done.stderr
+    assert done_on(tmp_path, made[2]) == [] and len(done_on(tmp_path, made[1])) == 5
+    assert len(read_hostfile(tmp_path / "hosts.json").hosts) == 4
+
+
+def test_nothing_is_changed_unless_asked(tmp_path: Path) -> None:
+    made = macs.macs(2, [((0, 1), (1, 1))])
+    with site_of_macs(tmp_path, made) as site:
+        assert config(site, tmp_path, "--hosts", "host0,host1").returncode == 0
+    assert [done_on(tmp_path, mac) for mac in made] == [[], []]
+
+
+def test_macs_and_linux_on_one_network(tmp_path: Path) -> None:
+    """The Macs' own addresses are recordings; what Linux heard of them is real, and has other MAC addresses: they go by their networks."""
+    made = macs.macs(2, [])
+    with site_of_macs(tmp_path, made) as site:
+        site.servers[0].host.ip("address show")
+        done = config(site, tmp_path, "--hosts", "host0,host1", "--over", "ethernet")
+    assert [host["ips"] for host in json.loads(done.stdout)["hosts"]] == [["192.168.0.10"], ["192.168.0.11"]]
+    assert "nobody heard anybody" in done.stderr
