@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import documents
 import macs
 import netns
 import pytest
@@ -219,11 +221,11 @@ def test_addresses_that_outlive_a_restart(manager: str, tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def site_of_macs(folder: Path, made: Sequence[Mac]) -> Iterator[sshd.Site]:
+def site_of_macs(folder: Path, made: Sequence[Mac], config: Sequence[str] = ()) -> Iterator[sshd.Site]:
     """Hosts whose ssh sessions find the tools of Macs first."""
     bins = [macs.stand_ins(folder / f"bin{mac.number}", mac) for mac in made]
     options = {number: [f"SetEnv PATH={path}:/usr/bin:/bin"] for number, path in enumerate(bins)}
-    with sshd.site(folder, len(made), options=options) as site:
+    with sshd.site(folder, len(made), options=options, config=config) as site:
         yield site
 
 
@@ -267,6 +269,27 @@ def test_the_recipe_for_a_ring(tmp_path: Path) -> None:
         here, left = (made[int(written.hosts[each].ssh[-1])] for each in (rank, rank - 1))
         port = next(port for port, (peer, _) in here.peers.items() if peer == left.number)
         assert f"ifconfig en{port + 1} inet {host.ips[0]} netmask 255.255.255.252" in done_on(tmp_path, here)
+
+
+def test_the_guide_as_it_is_printed(tmp_path: Path) -> None:
+    page = (Path(ROOT) / "docs" / "distributed_config.md").read_text(encoding="utf-8")
+    blocks = [block for block in documents.blocks(page) if Path(__file__).name in block.why_not]
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.code.splitlines()]
+    assert len(lines) == 4
+    made = macs.macs(4, macs.MESH)
+    known = [
+        f"Host m{number}\n  HostName 10.2.0.{number}\n  Port {2199 + number}\n  HostKeyAlias host{number - 1}" for number in range(1, 5)
+    ]
+    with site_of_macs(tmp_path, made, known) as site:
+        for line in lines:
+            words = site.command("bash", "-c", f"set -eo pipefail; cd '{tmp_path}'; {line}")
+            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+            env = {**os.environ, "PATH": path, "PYTHONPATH": ROOT}
+            done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=PATIENCE)
+            assert (done.returncode, done.stdout) == (0, ""), f"{line}\n{done.stderr}"
+    backends = [read_hostfile(tmp_path / name).backend for name in ("ring.json", "jaccl.json", "hosts.json")]
+    assert backends == ["ring", "jaccl", ""]
+    assert (tmp_path / "cables.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_broken_mesh(tmp_path: Path) -> None:
