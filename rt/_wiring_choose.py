@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from rt import _wiring_rings as rings
 from rt._wiring_model import ETHERNET, THUNDERBOLT, WIRELESS, Machine, Segment
+from rt._wiring_plan import addressed
 from rt.errors import ConfigError
 
 OVERS = ("auto", "thunderbolt", "ethernet", "rdma")
@@ -66,9 +67,11 @@ def shown(segments: Sequence[Segment], over: str) -> tuple[Segment, ...]:
     return (*usable(segments, over), *broken)
 
 
-def chosen_over(segments: Sequence[Segment]) -> str:
-    """Return what auto stands for. A broken Thunderbolt cable counts: else it would be passed over in silence."""
-    return next((over for over in ("thunderbolt", "rdma") if shown(segments, over)), "ethernet")
+def chosen_over(machines: Sequence[Machine], segments: Sequence[Segment]) -> str:
+    """Return what auto stands for. A broken Thunderbolt cable counts: else it would be passed over in silence. RDMA is for all or none."""
+    if shown(segments, "thunderbolt"):
+        return "thunderbolt"
+    return "rdma" if usable(segments, "rdma") and not _without_rdma(machines) else "ethernet"
 
 
 def choose(machines: Sequence[Machine], segments: Sequence[Segment], over: str, backend: str) -> Layout:
@@ -93,7 +96,7 @@ def choose(machines: Sequence[Machine], segments: Sequence[Segment], over: str, 
             return layout
     size, spelled = len(machines), _SPELLED[over]
     try:
-        found = _fastest(there, lambda some: _ring(size, some))
+        found = _fastest(there, lambda some: _ring(size, some), _ready(machines, there, over))
     except rings.GaveUp:
         raise ConfigError(_gave_up(size, spelled)) from None
     if found is None and over == "ethernet" and not backend and all(machine.routed for machine in machines):
@@ -120,22 +123,23 @@ def _over_rdma(machines: Sequence[Machine], there: Sequence[Segment], over: str,
     """Return a layout for jaccl or jaccl-ring, or None where the backend is ours to choose and neither is possible."""
     size = len(machines)
     fit = usable(there, "rdma")
-    without = [machine.ssh for machine in machines if not any(port.rdma for port in machine.ports)]
+    ready = _ready(machines, fit, over)
+    without = _without_rdma(machines)
     if without:
         text = f"{', '.join(without)}: no RDMA device (macOS: `rdma_ctl enable` in Recovery, then see `ibv_devices`; Linux: `rdma link`)"
         if backend or over == "rdma":
-            raise ConfigError(text)
+            raise ConfigError(f"{text}; --over ethernet, or --over thunderbolt --backend ring, does without")
         remarks.append(f"{text}; so the backend is ring")
         return None
     if backend != "jaccl-ring":
-        mesh = _fastest(fit, lambda some: _mesh(size, some))
+        mesh = _fastest(fit, lambda some: _mesh(size, some), ready)
         if mesh is not None:
             order, ways, fast = mesh
             return Layout(over, "jaccl", tuple(order), ways, fast, tuple(there))
         if backend == "jaccl":
             raise ConfigError(_no_mesh(machines, fit))
     try:
-        found = _fastest(fit, lambda some: _ring(size, some))
+        found = _fastest(fit, lambda some: _ring(size, some), ready)
     except rings.GaveUp:
         raise ConfigError(_gave_up(size, "RDMA")) from None
     if found is None:
@@ -145,6 +149,10 @@ def _over_rdma(machines: Sequence[Machine], there: Sequence[Segment], over: str,
     order, ways, fast = found
     used = _used(order, ways, fast)
     return Layout(over, "jaccl-ring", tuple(order), ways, used, tuple(there) if over == "thunderbolt" else used)
+
+
+def _without_rdma(machines: Sequence[Machine]) -> list[str]:
+    return [machine.ssh for machine in machines if not any(port.rdma for port in machine.ports)]
 
 
 # --- graphs of segments ------------------------------------------------------------------------------------------------------------------
@@ -158,21 +166,25 @@ def counts(segments: Sequence[Segment]) -> Counter[tuple[int, int]]:
 _Found = tuple[list[int], int]  # the order of hosts, and how many segments there are between two of them at least
 
 
+def _ready(machines: Sequence[Machine], segments: Sequence[Segment], over: str) -> set[Segment]:
+    """Return the segments to be preferred among those of a speed: outside Thunderbolt, those that have their addresses."""
+    return set(segments) if over == "thunderbolt" else set(addressed(machines, segments))
+
+
 def _fastest(
-    segments: Sequence[Segment], find: Callable[[Sequence[Segment]], _Found | None]
+    segments: Sequence[Segment], find: Callable[[Sequence[Segment]], _Found | None], ready: set[Segment]
 ) -> tuple[list[int], int, tuple[Segment, ...]] | None:
     """Use the fast cables alone if they are enough, and the slower ones only if not; wireless last of all."""
-    ranks = sorted({_rank(segment) for segment in segments}, reverse=True)
-    for least in ranks or [(False, 0.0)]:
-        fast = tuple(segment for segment in segments if _rank(segment) >= least)
+
+    def rank(segment: Segment) -> tuple[bool, float, bool]:
+        return all(port.kind != WIRELESS for port in segment.ports), segment.speed, segment in ready
+
+    for least in sorted(set(map(rank, segments)), reverse=True) or [(False, 0.0, False)]:
+        fast = tuple(segment for segment in segments if rank(segment) >= least)
         found = find(fast)
         if found is not None:
             return *found, fast
     return None
-
-
-def _rank(segment: Segment) -> tuple[bool, float]:
-    return all(port.kind != WIRELESS for port in segment.ports), segment.speed
 
 
 def _mesh(size: int, segments: Sequence[Segment]) -> _Found | None:

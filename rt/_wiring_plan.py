@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network, collapse_addresses
 
-from rt._wiring_model import LINK_LOCAL, Machine, Segment
+from rt._wiring_model import LINK_LOCAL, THUNDERBOLT, Machine, Segment
 from rt.errors import ConfigError
 
 _POOLS = tuple(map(IPv4Network, ("192.168.0.0/16", "10.0.0.0/8", "172.16.0.0/12")))  # RFC 1918
@@ -44,18 +44,23 @@ def plan(machines: Sequence[Machine], segments: Sequence[Segment]) -> list[Wire]
     Raises:
         ConfigError: the private networks are used up.
     """
-    kept: dict[Segment, Wire] = {}
-    for segment in segments:
-        wire = _kept(segment, machines, [other.addresses[0].network for other in kept.values()])
-        if wire is not None:
-            kept[segment] = wire
+    kept = addressed(machines, segments)
     busy = {network for machine in machines for network in machine.networks if network.prefixlen >= _SHORTEST}
     new = _networks([len(segment.ports) for segment in segments if segment not in kept], busy)
     return [kept.get(segment) or _fresh(segment, next(new)) for segment in segments]
 
 
+def addressed(machines: Sequence[Machine], segments: Sequence[Segment]) -> dict[Segment, Wire]:
+    """Return wires for the segments whose ports have addresses that can stay; of several in one network the first."""
+    kept: dict[Segment, Wire] = {}
+    for segment in segments:
+        wire = _kept(segment, machines, [other.addresses[0].network for other in kept.values()])
+        if wire is not None:
+            kept[segment] = wire
+    return kept
+
+
 def _kept(segment: Segment, machines: Sequence[Machine], taken: Iterable[IPv4Network]) -> Wire | None:
-    """Return the addresses that the ports have in one network, if nothing else on these hosts has addresses there."""
     if any(port.bridge for port in segment.ports):
         return None
     for first in segment.ports[0].addresses:
@@ -64,11 +69,13 @@ def _kept(segment: Segment, machines: Sequence[Machine], taken: Iterable[IPv4Net
         addresses = tuple(each for each in here if each is not None)
         if len(addresses) < len(here) or len(set(addresses)) < len(here) or network.overlaps(LINK_LOCAL) or network.prefixlen == 32:
             continue
+        # Another interface in the network of a Thunderbolt cable takes packets away from it. In that of a LAN it is none of our business:
+        # a laptop is in one network by cable and by radio, and whoever gives the addresses there is not us.
         others = [
             address.network
             for port in segment.ports
             for other in machines[port.host].ports
-            if other is not port and other not in segment.ports
+            if port.kind == THUNDERBOLT and other not in segment.ports
             for address in other.addresses
         ]
         if not any(network.overlaps(other) for other in [*others, *taken]):

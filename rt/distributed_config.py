@@ -57,8 +57,9 @@ def _run(options: Options) -> int:
         facts.save(options.save_facts, asked, unreachable)
     _check_all_there(asked, unreachable, options.ignore_unreachable)
     machines = [_with_ports(_machine(index, each), options.iface) for index, each in enumerate(asked)]
+    _check_each_once(machines)
     found = segments(machines)
-    over = choosing.chosen_over(found) if options.over == "auto" else options.over
+    over = choosing.chosen_over(machines, found) if options.over == "auto" else options.over
     shown = choosing.shown(found, over)
     for text in _remarks(machines, shown):
         _say(text)
@@ -171,6 +172,16 @@ def _machine(index: int, told: Facts) -> Machine:
     if told.system not in _SYSTEMS:
         raise ConfigError(f"{told.ssh}: found system {told.system!r}, expected one of {', '.join(_SYSTEMS)}")
     return _SYSTEMS[told.system](index, told)
+
+
+def _check_each_once(machines: Sequence[Machine]) -> None:
+    """Refuse two names for one host: it would be joined with itself."""
+    known: dict[frozenset[str], str] = {}
+    for machine in machines:
+        macs = frozenset(port.mac for port in machine.ports if port.mac)
+        other = known.setdefault(macs, machine.ssh)
+        if macs and other != machine.ssh:
+            raise ConfigError(f"{other} and {machine.ssh}: found one host of two names, expected each host once")
 
 
 def _with_ports(machine: Machine, choice: Choice | None) -> Machine:

@@ -116,6 +116,8 @@ def test_networks_that_any_host_uses_are_left_alone(tmp_path: Path) -> None:
 
 def test_hosts_on_one_switch_keep_their_addresses(tmp_path: Path) -> None:
     with sshd.site(tmp_path, 3) as site:
+        twice = config(site, tmp_path, "--hosts", "host0,10.2.0.1")
+        assert twice.returncode == 1 and "host0 and 10.2.0.1: found one host of two names" in twice.stderr
         done = config(site, tmp_path, "--hosts", "host2,10.2.0.1,host1", "--auto-setup", "--output", "hosts.json")
         assert done.returncode == 0, done.stderr
         written = read_hostfile(tmp_path / "hosts.json")
@@ -324,10 +326,11 @@ def test_one_mac_without_sudo_gets_its_commands_printed(tmp_path: Path) -> None:
     assert len(read_hostfile(tmp_path / "hosts.json").hosts) == 4
 
 
-def test_nothing_is_changed_unless_asked(tmp_path: Path) -> None:
+def test_one_connection_per_host_and_nothing_is_changed_unless_asked(tmp_path: Path) -> None:
     made = macs.macs(2, [((0, 1), (1, 1))])
     with site_of_macs(tmp_path, made) as site:
         assert config(site, tmp_path, "--hosts", "host0,host1").returncode == 0
+        assert [server.log.read_text().count("Accepted publickey") for server in site.servers] == [1, 1]  # nobody is asked twice
     assert [done_on(tmp_path, mac) for mac in made] == [[], []]
 
 

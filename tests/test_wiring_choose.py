@@ -15,6 +15,7 @@ from rt import _wiring_linux, _wiring_macos
 from rt._wiring_choose import Layout, choose, chosen_over, usable
 from rt._wiring_facts import Facts
 from rt._wiring_model import Machine, Segment
+from rt._wiring_plan import plan
 from rt._wiring_segments import segments
 from rt.errors import ConfigError
 
@@ -205,6 +206,22 @@ def test_the_fast_network_and_not_the_one_for_logging_in() -> None:
     assert [ends(segment) for segment in layout.used] == [["0.eth1", "1.eth1"]]
 
 
+def test_a_lan_is_left_as_it_is() -> None:
+    """By cable and by radio in one network; and of equal cables those that have addresses."""
+
+    def told(host: int) -> Facts:
+        others = [mac(1 - host, number) for number in range(3)]
+        wired = Nic("eth0", mac(host, 0), f"10.5.0.{host + 1}/24", 1000, others)
+        second = Nic("eth1", mac(host, 1), speed=1000, heard=[mac(1 - host, 1)])
+        wireless = Nic("wlan0", mac(host, 2), f"10.5.0.{host + 11}/24", heard=others)
+        return linuxes.facts(f"n{host}", [wired, second, wireless], default="eth0")
+
+    made = machines([told(0), told(1)])
+    layout = choose(made, segments(made), "ethernet", "")
+    assert [ends(segment) for segment in layout.used] == [["0.eth0", "1.eth0"]]
+    assert [wire.fresh for wire in plan(made, layout.set_up)] == [False]
+
+
 def test_hosts_in_networks_of_their_own_are_reached_through_routers() -> None:
     told = [linuxes.facts(f"n{host}", [Nic("eth0", mac(host, 0), f"10.{host}.0.1/24")], default="eth0") for host in range(3)]
     layout = chosen(told, "ethernet")
@@ -230,11 +247,16 @@ def test_rdma_over_a_switch_is_a_mesh_and_over_cables_a_ring() -> None:
 
 
 def test_auto_goes_over_thunderbolt_then_rdma_then_ethernet() -> None:
-    found = [segments(machines(told)) for told in (facts(macs.macs(4, macs.RING)), on_one_switch(3, rdma=True), on_one_switch(3))]
-    assert [chosen_over(each) for each in found] == ["thunderbolt", "rdma", "ethernet"]
+    def over(told: list[Facts]) -> str:
+        made = machines(told)
+        return chosen_over(made, segments(made))
+
+    everywhere = on_one_switch(3, rdma=True)
+    assert [over(told) for told in (facts(macs.macs(4, macs.RING)), everywhere, on_one_switch(3))] == ["thunderbolt", "rdma", "ethernet"]
+    assert over([*everywhere[:2], on_one_switch(3)[2]]) == "ethernet"  # not all have a device
     made = macs.macs(2, [((0, 1), (1, 1))])
     del made[0].peers[1]
-    assert chosen_over(segments(machines(facts(made)))) == "thunderbolt"  # broken, and to be mended
+    assert over(facts(made)) == "thunderbolt"  # broken, and to be mended
 
 
 def test_one_host_needs_no_cable() -> None:
