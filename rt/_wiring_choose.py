@@ -179,11 +179,18 @@ def _fastest(
     def rank(segment: Segment) -> tuple[bool, float, bool]:
         return all(port.kind != WIRELESS for port in segment.ports), segment.speed, segment in ready
 
+    gave_up: rings.GaveUp | None = None
     for least in sorted(set(map(rank, segments)), reverse=True) or [(False, 0.0, False)]:
         fast = tuple(segment for segment in segments if rank(segment) >= least)
-        found = find(fast)
+        try:
+            found = find(fast)
+        except rings.GaveUp as error:
+            gave_up = error
+            continue
         if found is not None:
             return *found, fast
+    if gave_up is not None:
+        raise gave_up
     return None
 
 
@@ -198,7 +205,12 @@ def _ring(size: int, segments: Sequence[Segment]) -> _Found | None:
     pairs = counts(segments)
     best = None
     for ways in range(1, max(pairs.values(), default=1) + 1):
-        order = rings.ring(rings.graph(size, [pair for pair, count in pairs.items() if count >= ways]))
+        try:
+            order = rings.ring(rings.graph(size, [pair for pair, count in pairs.items() if count >= ways]))
+        except rings.GaveUp:
+            if best is None:
+                raise
+            break  # one ring is found, and more of them are not worth an error
         if order is None:
             break
         best = order, ways

@@ -19,7 +19,7 @@ import macs
 import netns
 import pytest
 import sshd
-from hosts import PORT, ROOT, ends, last_line, start
+from hosts import PORT, PROGRAM, ROOT, ends, last_line, start
 from macs import Mac
 
 from rt.hostfile import Hostfile, read_hostfile
@@ -33,6 +33,13 @@ def config(site: sshd.Site, folder: Path, *words: str) -> subprocess.CompletedPr
     """Run the tool at the desk, in ``folder``."""
     program = f"cd '{folder}' && PYTHONPATH='{ROOT}' exec \"$0\" -m rt.distributed_config \"$@\""
     return subprocess.run(site.command("sh", "-c", program, sys.executable, *words), capture_output=True, text=True, timeout=PATIENCE)
+
+
+def at_the_desk(site: sshd.Site, folder: Path, line: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash there, as a user would type it."""
+    words = site.command("bash", "-c", f"set -eo pipefail; cd '{folder}'; {line}")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(words, env={**os.environ, "PATH": path, "PYTHONPATH": ROOT}, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def at_once(host: netns.Host) -> None:
@@ -97,6 +104,19 @@ def test_cables_without_addresses_become_a_ring_over_which_ranks_reduce(ways: in
         # A second run finds all as it should be and changes nothing.
         again = config(site, tmp_path, "--hosts", names, "--iface", "left,right", "--output", "again.json")
         assert "Setup for" not in again.stderr and read_hostfile(tmp_path / "again.json") == written
+
+
+def test_from_cables_to_a_job_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with neighbours(tmp_path, 3, ways=2) as site:
+        hosts = [server.host for server in site.servers]
+        tool = "rt.distributed_config --hosts host0,host1,host2 --iface left,right --auto-setup --output hosts.json"
+        done = at_the_desk(site, tmp_path, f"{tool} && rt.launch --hostfile hosts.json program.py")
+        assert done.returncode == 0, done.stderr
+        for host in hosts:  # 16 MiB were reduced, over the cables and not over the switch
+            sent = {name: host.sent(name) for name in ("left0", "left1", "right0", "right1", "cable")}
+            assert min(sent[name] for name in ("right0", "right1")) > 1 << 20 and sent["cable"] < 1 << 20, sent
+    assert sorted(done.stdout.splitlines()) == [f"[{rank} host{rank}] sum 6.0 of 3" for rank in range(3)]
 
 
 def test_networks_that_any_host_uses_are_left_alone(tmp_path: Path) -> None:
@@ -284,10 +304,7 @@ def test_the_guide_as_it_is_printed(tmp_path: Path) -> None:
     ]
     with site_of_macs(tmp_path, made, known) as site:
         for line in lines:
-            words = site.command("bash", "-c", f"set -eo pipefail; cd '{tmp_path}'; {line}")
-            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-            env = {**os.environ, "PATH": path, "PYTHONPATH": ROOT}
-            done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=PATIENCE)
+            done = at_the_desk(site, tmp_path, line)
             assert (done.returncode, done.stdout) == (0, ""), f"{line}\n{done.stderr}"
     backends = [read_hostfile(tmp_path / name).backend for name in ("ring.json", "jaccl.json", "hosts.json")]
     assert backends == ["ring", "jaccl", ""]

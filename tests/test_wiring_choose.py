@@ -12,6 +12,7 @@ from linuxes import Nic
 from macs import Mac
 
 from rt import _wiring_linux, _wiring_macos
+from rt import _wiring_rings as rings
 from rt._wiring_choose import Layout, choose, chosen_over, usable
 from rt._wiring_facts import Facts
 from rt._wiring_model import Machine, Segment
@@ -125,6 +126,29 @@ def test_no_ring_says_why_and_which_there_are() -> None:
     again = [((left + 3, port), (right + 3, other)) for (left, port), (right, other) in triangle]
     with pytest.raises(ConfigError, match=r"not connected with each other: m0 m1 m2 \| m3 m4 m5\n(.*\n)*.*m0,m1,m2\n.*m3,m4,m5\n"):
         chosen(facts(macs.macs(6, triangle + again)))
+
+
+def test_a_search_that_gives_up_is_an_error_only_if_nothing_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rings.ring
+
+    def gives_up(fewest: int) -> None:
+        """Let the search give up on graphs of so few edges or fewer."""
+
+        def ring(joined: rings.Graph) -> list[int] | None:
+            if sum(map(len, joined)) // 2 <= fewest:
+                raise rings.GaveUp
+            return real(joined)
+
+        monkeypatch.setattr(rings, "ring", ring)
+
+    gives_up(4)
+    with pytest.raises(ConfigError, match="in the time allowed"):
+        chosen(facts(macs.macs(4, macs.RING)))
+    extra = macs.macs(4, [*macs.MESH, ((0, 4), (1, 4)), ((1, 3), (3, 2)), ((2, 4), (3, 4))])  # 2 pairs with 2 cables
+    assert (chosen(facts(extra), backend="ring").ways, chosen(facts(extra), backend="jaccl-ring").ways) == (1, 1)
+    made = macs.macs(4, macs.MESH)
+    made[0].speed = made[1].speed = "Up to 40 Gb/s"  # of the fast cables, one, there is no ring that could be found
+    assert chosen(facts(made), backend="ring").ways == 1
 
 
 def test_linux_hosts_with_two_cables_from_one_controller() -> None:
