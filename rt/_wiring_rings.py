@@ -197,23 +197,10 @@ class _State:
                 return False
             elif may.bit_count() == 2 and may != must:
                 for other in _bits(may & ~must):
-                    if not self.may[host] >> other & 1:
-                        return False  # choosing the first has closed the way of the second
-                    if not self._put(host, other):
+                    if not self._put(host, other):  # choosing the first may have closed the way of the second
                         return False
                     todo |= {host, other, self.end[host], self.end[other]}
         return True
-
-    def whole(self) -> bool:
-        """Say whether all hosts can still reach each other."""
-        seen = new = 1
-        while new:
-            reached = 0
-            for host in _bits(new):
-                reached |= self.may[host]
-            new = reached & ~seen
-            seen |= new
-        return seen == (1 << len(self.may)) - 1
 
     def order(self) -> list[int]:
         order, before = [0], -1
@@ -237,8 +224,6 @@ def _search(joined: Graph) -> list[int] | None:
         state = stack.pop()
         if state.chosen == size:
             return state.order()
-        if not state.whole():
-            continue
         left -= 1
         if not left:
             raise GaveUp

@@ -41,7 +41,11 @@ def facts(
     routes.append({"type": "local", "dst": "127.0.0.0/8", "dev": "lo", "table": "local", "scope": "host", "flags": []})
     heard = [{"dst": "fe80::1", "dev": nic.name, "lladdr": mac, "state": ["STALE"]} for nic in nics for mac in nic.heard]
     heard.append({"dst": "10.0.0.77", "dev": "eth0", "state": ["FAILED"]})
-    devices = [{"ifindex": 0, "ifname": nic.rdma, "port": 1, "state": "ACTIVE", "netdev": nic.name} for nic in nics if nic.rdma]
+    devices = [
+        {"ifindex": 0, "ifname": nic.rdma, "port": 1, "state": "ACTIVE" if nic.up else "DOWN", "netdev": nic.name}
+        for nic in nics
+        if nic.rdma
+    ]
     return Facts(
         name,
         {

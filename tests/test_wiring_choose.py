@@ -95,8 +95,8 @@ def test_a_cable_of_which_one_end_knows_nothing_is_broken() -> None:
     assert chosen(facts(made)).backend == "jaccl-ring"
 
 
-def test_what_leads_to_strangers_is_no_cable() -> None:
-    made = macs.macs(3, [((0, 1), (1, 1)), ((1, 2), (2, 1))])[:2]
+def test_what_leads_to_strangers_or_back_is_no_cable() -> None:
+    made = macs.macs(3, [((0, 1), (1, 1)), ((1, 2), (2, 1)), ((0, 3), (0, 4))])[:2]
     assert [ends(segment) for segment in usable(segments(machines(facts(made))), "thunderbolt")] == [["0.en2", "1.en2"]]
 
 
@@ -230,6 +230,20 @@ def test_the_fast_network_and_not_the_one_for_logging_in() -> None:
     assert [ends(segment) for segment in layout.used] == [["0.eth1", "1.eth1"]]
 
 
+def test_the_cable_and_not_the_radio_where_no_speed_is_known() -> None:
+    def told(host: int) -> Facts:
+        nics = [Nic(name, mac(host, at), f"10.{at}.0.{host + 1}/24", heard=[mac(1 - host, at)]) for at, name in enumerate(("wlp1", "eth0"))]
+        return linuxes.facts(f"n{host}", nics)
+
+    assert [ends(segment) for segment in chosen([told(0), told(1)], "ethernet").used] == [["0.eth0", "1.eth0"]]
+
+
+def test_an_interface_that_is_down_joins_nobody() -> None:
+    told = [linuxes.facts(f"n{host}", [Nic("eth0", mac(host, 0), f"10.5.0.{host + 1}/24", up=host > 0)]) for host in range(2)]
+    with pytest.raises(ConfigError, match="not connected to any other: n0, n1"):
+        chosen(told, "ethernet")
+
+
 def test_a_lan_is_left_as_it_is() -> None:
     """By cable and by radio in one network; and of equal cables those that have addresses."""
 
@@ -247,7 +261,8 @@ def test_a_lan_is_left_as_it_is() -> None:
 
 
 def test_hosts_in_networks_of_their_own_are_reached_through_routers() -> None:
-    told = [linuxes.facts(f"n{host}", [Nic("eth0", mac(host, 0), f"10.{host}.0.1/24")], default="eth0") for host in range(3)]
+    docker = Nic("docker0", "", "172.17.0.1/16", kind="bridge")  # a network that all have and that joins none
+    told = [linuxes.facts(f"n{host}", [Nic("eth0", mac(host, 0), f"10.{host}.0.1/24"), docker], default="eth0") for host in range(3)]
     layout = chosen(told, "ethernet")
     assert (layout.used, layout.backend) == ((), "") and "not tried" in layout.remarks[0]
     told[1] = linuxes.facts("n1", [Nic("eth0", mac(1, 0), "10.1.0.1/24")])

@@ -53,7 +53,7 @@ def test_a_mac_without_rdma_or_sudo_or_words() -> None:
 def test_a_linux_host() -> None:
     nics = [
         Nic("enp10s0", "02:00:00:00:00:0A", "10.1.0.1/24", 100_000, ["02:00:00:00:00:0b"], rdma="mlx5_0"),
-        Nic("enp2s0", "02:00:00:00:00:02", up=False),
+        Nic("enp2s0", "02:00:00:00:00:02", up=False, rdma="mlx5_1"),
         Nic("thunderbolt0", "02:00:00:00:00:03", far="bbbb", number=3),
         Nic("wlp3s0", "02:00:00:00:00:04", "192.168.7.2/24"),
         Nic("br0", "02:00:00:00:00:05", "192.168.8.2/24", kind="bridge"),
@@ -64,7 +64,7 @@ def test_a_linux_host() -> None:
     assert [port.name for port in machine.ports] == ["br0", "enp2s0", "enp10s0", "thunderbolt0", "wlp3s0"]
     _, down, fast, thunderbolt, wireless = machine.ports
     assert (fast.speed, fast.rdma, fast.mac, fast.neighbours) == (100.0, "mlx5_0", "02:00:00:00:00:0a", frozenset({"02:00:00:00:00:0b"}))
-    assert (down.up, down.speed, wireless.kind) == (False, 0.0, WIRELESS)
+    assert (down.up, down.speed, down.rdma, wireless.kind) == (False, 0.0, "", WIRELESS)
     assert (thunderbolt.kind, thunderbolt.uuid, thunderbolt.peer, thunderbolt.speed) == (THUNDERBOLT, "AAAA", "BBBB", 40.0)
     assert (machine.address, machine.routed, machine.root, machine.sudo, machine.manager) == (
         "192.168.8.2",
