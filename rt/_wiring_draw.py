@@ -15,6 +15,7 @@ from rt._wiring_model import Machine, Segment
 
 _GOOD, _BROKEN, _GUESSED = "#2a7f6f", "#d0021b", "#8a8a8a"
 _BOX = (120, 40)  # of a host, in pixels
+_APART = 300  # from host to host along the circle: room for the names of two ports and a speed
 _Point = tuple[float, float]
 
 
@@ -45,7 +46,7 @@ def dot(machines: Sequence[Machine], segments: Sequence[Segment]) -> str:
 
 def svg(machines: Sequence[Machine], segments: Sequence[Segment], title: str) -> str:
     """Return a picture: hosts on a circle, cables with their ports and speeds between them, broken ones red with what is wrong below."""
-    radius = max(190.0, len(machines) * 170 / (2 * math.pi)) if len(machines) > 1 else 0.0
+    radius = max(190.0, len(machines) * _APART / (2 * math.pi)) if len(machines) > 1 else 0.0
     middle = radius + 110
     places = {machine.index: _on_circle(middle, radius, place, len(machines)) for place, machine in enumerate(machines)}
     faults = [segment.fault for segment in segments if segment.fault]
@@ -105,12 +106,12 @@ def _cable(segment: Segment, places: dict[int, _Point], aside: float) -> str:
     across = (end[1] - start[1]) / length, (start[0] - end[0]) / length
     bend = (start[0] + end[0]) / 2 + 90 * aside * across[0], (start[1] + end[1]) / 2 + 90 * aside * across[1]
     curve = f"M{start[0]:.1f} {start[1]:.1f} Q{bend[0]:.1f} {bend[1]:.1f} {end[0]:.1f} {end[1]:.1f}"
-    # Names of ports stand where the line has left the box, whatever its length is.
-    near = min(0.45, 75 / length)
+    near = _outside(start, end)
     labels = [
         _label(_along(start, bend, end, near), left.name),
         _label(_along(start, bend, end, 1 - near), right.name),
-        _label(_along(start, bend, end, 0.38), speed(segment.speed)),  # not in the middle, where the cables of a mesh cross
+        # The long cables of a mesh cross in the middle.
+        _label(_along(start, bend, end, 0.5 if length < 1.1 * _APART else 0.38), speed(segment.speed)),
     ]
     return _line(curve, segment) + "".join(labels)
 
@@ -129,10 +130,17 @@ def _star(segment: Segment, places: dict[int, _Point], hub: _Point) -> str:
     for port in segment.ports:
         at = places[port.host]
         drawn.append(_line(f"M{at[0]:.1f} {at[1]:.1f} L{hub[0]:.1f} {hub[1]:.1f}", segment))
-        near = _along(at, hub, hub, min(0.3, 45 / (math.dist(at, hub) or 1.0)))
-        drawn.append(_label(near, f"{port.name} {speed(port.speed)}".strip()))
+        near = _outside(at, hub)
+        beside = at[0] + (hub[0] - at[0]) * near, at[1] + (hub[1] - at[1]) * near
+        drawn.append(_label(beside, f"{port.name} {speed(port.speed)}".strip()))
     colour = _colour(segment)
     return "".join(drawn) + f'<circle cx="{hub[0]:.1f}" cy="{hub[1]:.1f}" r="9" fill="#fff" stroke="{colour}" stroke-width="2.5"/>'
+
+
+def _outside(start: _Point, end: _Point) -> float:
+    """Return which part of the way a name stands clear of the box at its start; boxes and names are wider than high."""
+    length = math.dist(start, end) or 1.0
+    return min(0.45, (38 + 60 * abs(end[0] - start[0]) / length) / length)
 
 
 def _line(path: str, segment: Segment) -> str:

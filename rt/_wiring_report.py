@@ -30,7 +30,7 @@ def summary(layout: Layout, machines: Sequence[Machine]) -> str:
     return f"over {_SPELLED[layout.over]}, {backend}: {shape} {names}{cables}{several}"
 
 
-def tables(machines: Sequence[Machine], segments: Sequence[Segment], wires: Sequence[Wire] = ()) -> str:
+def tables(machines: Sequence[Machine], segments: Sequence[Segment], wires: Sequence[Wire]) -> str:
     """Return hosts with their ports, then cables with their networks."""
     ports = [["host", "system", "port", "kind", "speed", "addresses", "rdma", "root"]]
     for machine in machines:

@@ -70,9 +70,13 @@ def _run(options: Options) -> int:
         print(draw.dot(machines, shown))
         if not options.output:
             return 0
-    if options.verbose:
-        _say(_wiring_report.tables(machines, shown))
-    return _write(options, machines, shown, choosing.choose(machines, found, over, options.backend))
+    try:
+        layout = choosing.choose(machines, found, over, options.backend)
+    except ConfigError:
+        if options.verbose:  # when it is needed most
+            _say(_wiring_report.tables(machines, shown, ()))
+        raise
+    return _write(options, machines, shown, layout)
 
 
 def _remarks(machines: Sequence[Machine], shown: Sequence[Segment]) -> list[str]:
@@ -86,6 +90,8 @@ def _write(options: Options, machines: Sequence[Machine], shown: Sequence[Segmen
     for remark in layout.remarks:
         _say(remark)
     wires = plan(machines, layout.set_up)
+    if options.verbose:
+        _say(_wiring_report.tables(machines, shown, wires))
     setup = {machine.ssh: commands(machine, wires, options.persist) for machine in machines}
     done = _set_up(options, machines, setup)
     hostfile = Hostfile(_hosts(machines, layout, wires), layout.backend, (*(options.hosts.envs if options.hosts else ()), *options.envs))

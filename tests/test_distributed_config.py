@@ -87,7 +87,7 @@ def test_the_hostfile_of_a_network(tmp_path: Path) -> None:
 def test_stdout_is_the_hostfile_and_nothing_else(tmp_path: Path) -> None:
     done = config(tmp_path, "--verbose", told=mesh())
     assert json.loads(done.stdout)["backend"] == "jaccl"
-    for said in ("over Thunderbolt, backend jaccl", "Setup for m3", "sudo ifconfig bridge0 down", "m0 en2 - m1 en2", "80 Gb/s"):
+    for said in ("over Thunderbolt, backend jaccl", "Setup for m3", "sudo ifconfig bridge0 down", "80 Gb/s  192.168.1.0/30 (new)"):
         assert said in done.stderr
     (tmp_path / "out.json").write_text(done.stdout)
     assert len(read_hostfile(tmp_path / "out.json").hosts) == 4
