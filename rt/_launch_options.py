@@ -240,7 +240,7 @@ def _backend(backend: str, found: argparse.Namespace, hostfile: Hostfile) -> str
     if backend and backend not in BACKENDS:
         raise ValueError(f"argument --backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "mpi":
-        raise ValueError("--backend mpi: not here yet; ranks under `mpirun` or `srun` need no launcher of ours, see docs/launching.md")
+        raise ValueError("--backend mpi: not here yet, expected ring; the hosts of an MPI job can be given as --hosts or --hostfile")
     if found.mpi_arg:
         raise ValueError(f"argument --mpi-arg: found {found.mpi_arg[0]!r} without --backend mpi, expected none")
     if backend.startswith("jaccl"):
