@@ -127,6 +127,14 @@ def test_a_picture_is_drawn_where_no_ring_is_found_too(tmp_path: Path) -> None:
     assert tree.parse(tmp_path / "cables.svg").getroot().tag.endswith("svg")
 
 
+def test_only_the_ports_that_are_allowed(tmp_path: Path) -> None:
+    by_option = config(tmp_path, "--iface", "^=en2,en5", "--json", told=ring(macs.TWO_RINGS))
+    assert by_option.returncode == 1 and "no ring through all 4 hosts" in by_option.stderr  # m0 - m1 is left, and m3 - m0
+    by_variable = config(tmp_path, "--json", told=ring(macs.TWO_RINGS), RT_SOCKET_IFNAME="=en0")
+    report = json.loads(by_variable.stdout)
+    assert (report["over"], report["hostfile"]["hosts"][0]["ips"]) == ("ethernet", ["192.168.0.10"])
+
+
 def test_some_of_the_hosts_of_a_file(tmp_path: Path) -> None:
     written = hostfile(tmp_path, "--hosts", "m3,m1", told=mesh())
     assert [(host.ssh, host.rdma) for host in written.hosts] == [("m3", (None, "rdma_en3")), ("m1", ("rdma_en4", None))]
@@ -153,6 +161,7 @@ def test_hosts_that_were_unreachable_then_are_so_now(tmp_path: Path) -> None:
         (["--hosts", "a", "--hostfile", "f"], "found both"),
         (["--hostfile", "nothing.json"], "No such file"),
         (["--env", "1A=2"], "expected NAME=VALUE"),
+        (["--iface", "eth0,,en1"], "--iface: found an empty entry"),
         (["--outpu", "f"], "unrecognized arguments"),
         (["--verbose", "m1"], "unrecognized arguments: m1"),
     ],
