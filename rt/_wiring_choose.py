@@ -105,7 +105,7 @@ def choose(machines: Sequence[Machine], segments: Sequence[Segment], over: str, 
     if found is None:
         raise ConfigError(_no_ring(machines, there, spelled))
     order, ways, fast = found
-    used = _used(order, ways, fast)
+    used = _used(_neighbours(order), ways, fast)
     if over == "ethernet" and any(segment.guessed for segment in used):
         remarks.append("hosts are taken to be joined where their addresses are of one network: nobody heard anybody")
     joined_by_all = size == 1 or any(len(segment.ports) == size for segment in used)
@@ -113,8 +113,11 @@ def choose(machines: Sequence[Machine], segments: Sequence[Segment], over: str, 
     return Layout(over, name, tuple(order), ways, used, there if over == "thunderbolt" else used, tuple(remarks))
 
 
-def _used(order: Sequence[int], ways: int, segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    pairs = zip(order, [*order[1:], order[0]], strict=True) if len(order) > 1 else ()
+def _neighbours(order: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(order, [*order[1:], order[0]], strict=True)) if len(order) > 1 else []
+
+
+def _used(pairs: Sequence[tuple[int, int]], ways: int, segments: Sequence[Segment]) -> tuple[Segment, ...]:
     used = {segment for left, right in pairs for segment in joining(segments, left, right)[:ways]}
     return tuple(segment for segment in segments if segment in used)
 
@@ -135,7 +138,8 @@ def _over_rdma(machines: Sequence[Machine], there: Sequence[Segment], over: str,
         mesh = _fastest(fit, lambda some: _mesh(size, some), ready)
         if mesh is not None:
             order, ways, fast = mesh
-            return Layout(over, "jaccl", tuple(order), ways, fast, tuple(there))
+            used = _used(list(itertools.combinations(order, 2)), ways, fast)
+            return Layout(over, "jaccl", tuple(order), ways, used, tuple(there) if over == "thunderbolt" else used)
         if backend == "jaccl":
             raise ConfigError(_no_mesh(machines, fit))
     try:
@@ -147,7 +151,7 @@ def _over_rdma(machines: Sequence[Machine], there: Sequence[Segment], over: str,
             raise ConfigError(_no_ring(machines, fit, "RDMA"))
         return None
     order, ways, fast = found
-    used = _used(order, ways, fast)
+    used = _used(_neighbours(order), ways, fast)
     return Layout(over, "jaccl-ring", tuple(order), ways, used, tuple(there) if over == "thunderbolt" else used)
 
 

@@ -285,6 +285,17 @@ def test_rdma_over_a_switch_is_a_mesh_and_over_cables_a_ring() -> None:
         chosen(on_one_switch(3), "rdma")
 
 
+@pytest.mark.parametrize("backend", ["jaccl", "jaccl-ring", "ring"])
+def test_rdma_ports_that_are_not_needed_are_not_set_up(backend: str) -> None:
+    def told(host: int) -> Facts:
+        ready = Nic("eth0", mac(host, 0), f"10.5.0.{host + 1}/24", 100_000, [mac(1 - host, 0)], rdma="mlx5_0")
+        bare = Nic("eth1", mac(host, 1), speed=100_000, heard=[mac(1 - host, 1)], rdma="mlx5_1")
+        return linuxes.facts(f"n{host}", [bare, ready])
+
+    layout = chosen([told(0), told(1)], "rdma", backend)
+    assert ([ends(segment) for segment in layout.used], layout.set_up) == ([["0.eth0", "1.eth0"]], layout.used)
+
+
 def test_auto_goes_over_thunderbolt_then_rdma_then_ethernet() -> None:
     def over(told: list[Facts]) -> str:
         made = machines(told)
