@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py pyproject.toml $(wildcard rt/*.pyx rt/*.pxi rt/*.h)
-DEBIAN := python3-venv python3-dev iproute2 iputils-ping openssh-server rsync graphviz  # the build; hosts of the tests: network namespaces with sshd
+DEBIAN := python3-venv python3-dev iproute2 iputils-ping openssh-server rsync graphviz slurmd slurmctld slurm-client munge  # the build; then hosts of the tests, and a Slurm
 N ?= 4
 
 .PHONY: demo demo-server test check docs peers results wheel packages clean

@@ -35,21 +35,18 @@ def join() -> Any:
         ConfigError: it describes one wrongly.
         BenchError: MPI's launcher says who this rank is, and nobody where the ranks meet.
     """
-    group = rt.sync.init(**_of_mpi())
+    _refuse_half_a_job()
+    group = rt.sync.init()
     return group if group.size() > 1 else None
 
 
-def _of_mpi() -> dict[str, Any]:
-    """MPI's launchers number their ranks but do not say where to meet, so ``init`` does not take their word for a job; mpirun is one."""
+def _refuse_half_a_job() -> None:
+    """MPI's launchers number ranks but do not say where to meet. ``init`` makes groups of one of that; each would measure itself."""
     for number, size in _MPI:
         if number in os.environ and "RT_RANK" not in os.environ and int(os.environ.get(size, "1")) > 1:
-            if "RT_HOSTFILE" in os.environ:
-                return {"rank": int(os.environ[number])}
-            if "RT_COORDINATOR" not in os.environ:
+            if "RT_HOSTFILE" not in os.environ and "RT_COORDINATOR" not in os.environ:
                 found = f"rank {os.environ[number]} of {os.environ[size]}"
                 raise BenchError(f"{number}: found {found}, but no RT_COORDINATOR=host:port beside it, where rank 0 listens")
-            return {"rank": int(os.environ[number]), "world_size": int(os.environ[size])}
-    return {}
 
 
 def run(options: measure.Options, group: Any) -> measure.Result:

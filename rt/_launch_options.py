@@ -61,7 +61,7 @@ class Options:
         hosts: per rank where it runs.
         command: the program; if all ranks run here, with what runs it in front. Relative to ``cwd`` if it has a folder in its name.
         python: interpreter for .py programs, and on other hosts for the supervisor.
-        environment: what every rank is told besides: the hostfile's ``envs``, then ``--env``.
+        environment: what every rank is told besides: the hostfile's ``envs``, then ``--iface``, then ``--env``.
         backend: one of ``hostfile.BACKENDS``, "" if nobody chose one.
         starting_port: of the ring file or of jaccl's coordinator, None for free ones.
         travels: whether variables of some families go to other hosts.
@@ -115,7 +115,7 @@ def parse(argv: Sequence[str]) -> Options:
             command = executable(command, found.python, found.cwd)
         elif not command:
             raise ValueError(_NO_PROGRAM)
-        environment = dict(check_variable(entry, "envs") for entry in hostfile.envs) | dict(found.env)
+        environment = dict(check_variable(entry, "envs") for entry in hostfile.envs) | _iface(found.iface) | dict(found.env)
     except (ValueError, ConfigError) as error:
         parser.error(str(error))
     return Options(
@@ -174,6 +174,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     add("--no-env", action="store_true", help=f"keep the variables {', '.join(f'{family}*' for family in FAMILIES)} from other hosts")
     add("--cwd", metavar="DIR", help="folder to run in, on all hosts; the program's name is looked up from there")
     add("--sync-code", metavar="DIR", help="copy this folder to the same place on all hosts first, with rsync")
+    add("--iface", metavar="WHICH", help="where ranks are reached: eth (begin so), =en2,en3, ^eth0 (not), 10.0.0.0/8; RT_SOCKET_IFNAME")
     add("--connections-per-ip", type=_count, default=1, metavar="N", help="ring: sockets between two ranks, for each address")
     add("-p", "--starting-port", type=_port, metavar="P", help="ring: ports P, P + 1, ... in place of free ones; jaccl: the coordinator's")
     add("--nccl-port", type=_port, default=12345, metavar="P", help="nccl: the port of rank 0 (default 12345)")
@@ -261,6 +262,15 @@ def _check_rdma(hosts: Sequence[Host], *, ring: bool) -> None:
                 raise ValueError(f'{where}: "rdma"[{peer}]: found {device!r}, expected null: that is the host itself')
             if peer != rank and wanted and not device:
                 raise ValueError(f'{where}: "rdma"[{peer}]: found no device, expected the one that leads to {hosts[peer].ssh}')
+
+
+def _iface(option: str | None) -> dict[str, str]:
+    if option is None:
+        return {}
+    from rt import interfaces
+
+    interfaces.parse(option, "--iface")
+    return {interfaces.VARIABLE: option}
 
 
 def _checked_folder(folder: str | None) -> None:

@@ -4,7 +4,8 @@ May live here: names of variables, parsing, precedence, the text of configuratio
 MPI, anything that waits for a peer. Everything after this file works on :class:`RingConfig` and never looks at the environment.
 
 A *set* is a source of a rank and of a place to meet: keywords and ``RT_*`` (one set: a keyword takes the place of its variable), ``MLX_*``,
-torchrun, then MPI's and Slurm's ranks. The first set that is begun must be complete; all sets present must agree on the rank.
+torchrun. The first set that is begun must be complete; all sets present must agree on the rank. mpirun and srun number ranks but do not say
+where to meet: their numbers count where keywords or ``RT_*`` give a place and no rank.
 """
 
 from __future__ import annotations
@@ -115,7 +116,6 @@ def resolve_ring(
     timeout: float | None = None,
     secret: bytes | str | None = None,
     shm: bool | None = None,
-    mpi_ok: bool = False,
     environ: Environ = os.environ,
 ) -> RingConfig | None:
     """Find out rank, size, meeting place and settings of the ring.
@@ -130,7 +130,6 @@ def resolve_ring(
         timeout: seconds per collective; ``RT_TIMEOUT``, default for ever.
         secret: at least 16 bytes or characters; see :func:`rt.secret.resolve_secret`.
         shm: share memory with ranks of this host; ``RT_SHM`` (1 or 0), default true.
-        mpi_ok: let the ranks of Open MPI, MPICH or Slurm count, together with a coordinator.
         environ: the environment.
 
     Returns:
@@ -142,7 +141,7 @@ def resolve_ring(
     who = _pick("rank", rank, "RT_RANK", environ)
     size = _pick("world_size", world_size, "RT_WORLD_SIZE", environ)
     where = _meeting(coordinator, hostfile, environ)
-    place = _place(who, size, where, mpi_ok, environ)
+    place = _place(who, size, where, environ)
     if place is None:
         return None
     _check_agreement(place, environ)
@@ -267,9 +266,9 @@ def _meeting(coordinator: object, hostfile: object, environ: Environ) -> _Given 
     return found[0] if found else None
 
 
-def _place(rank: _Given | None, size: _Given | None, where: _Given | None, mpi_ok: bool, environ: Environ) -> _Place | None:
+def _place(rank: _Given | None, size: _Given | None, where: _Given | None, environ: Environ) -> _Place | None:
     """Go through the sets in order of precedence; the first that is begun decides."""
-    if where is not None and rank is None and mpi_ok:
+    if where is not None and rank is None:
         rank, size = _launcher_rank(size, environ)
     if rank or size or where:
         return _from_items(rank, size, where, environ)

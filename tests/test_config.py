@@ -65,7 +65,7 @@ def write(folder: Path, content: object) -> str:
 )
 def test_nothing_configures_nothing(environ: dict[str, str]) -> None:
     assert resolve_ring(environ=environ) is None
-    assert resolve_ring(environ=environ, mpi_ok=True, timeout=3.0, secret="sixteen characters") is None
+    assert resolve_ring(environ=environ, timeout=3.0, secret="sixteen characters") is None
 
 
 def test_ring_file(ring: str) -> None:
@@ -111,10 +111,9 @@ def test_torchruns_variables_by_hand_name_a_free_port() -> None:
     [({**OPEN_MPI, **MPICH, **SLURM}, 2, 5), ({**MPICH, **SLURM}, 3, 6), (SLURM, 4, 7)],
     ids=["ompi", "mpich", "slurm"],
 )
-def test_mpi_and_slurm_number_ranks_where_allowed(environ: dict[str, str], rank: int, size: int) -> None:
-    config = resolve({"RT_COORDINATOR": "a:1", **environ}, mpi_ok=True)
+def test_mpi_and_slurm_number_ranks_where_a_place_is_given(environ: dict[str, str], rank: int, size: int) -> None:
+    config = resolve({"RT_COORDINATOR": "a:1", **environ})
     assert (config.rank, config.size, config.coordinator) == (rank, size, ("a", 1))
-    assert "RT_RANK" in failure({"RT_COORDINATOR": "a:1", **environ})
 
 
 def test_a_world_of_one(tmp_path: Path) -> None:
@@ -128,10 +127,10 @@ def test_each_set_gives_way_to_the_one_before(ring: str) -> None:
     everything = {**RT, **mlx, **AGENT, **OPEN_MPI}
     found = [resolve(everything, rank=1, world_size=9, coordinator="a:1").source]
     for names in (RT, mlx, AGENT):
-        found.append(resolve(everything, mpi_ok=True).source)
+        found.append(resolve(everything).source)
         everything = {name: value for name, value in everything.items() if name not in names}
     assert found == ["keywords", "RT_RANK, RT_WORLD_SIZE, RT_COORDINATOR", "MLX_RANK, MLX_HOSTFILE", "torchrun"]
-    assert resolve_ring(environ=everything, mpi_ok=True) is None
+    assert resolve_ring(environ=everything) is None
 
 
 def test_a_keyword_takes_the_place_of_its_variable(ring: str) -> None:
@@ -182,7 +181,7 @@ def test_sets_that_disagree_on_the_rank_are_an_error_naming_both(ring: str) -> N
 
 def test_what_does_not_number_our_ranks_may_differ() -> None:
     assert resolve({**RT, "RANK": "0"}).rank == 1  # no torchrun: a lone RANK belongs to anybody
-    assert resolve({**RT, **SLURM, **OPEN_MPI}, mpi_ok=True).rank == 1  # our launcher inside an allocation
+    assert resolve({**RT, **SLURM, **OPEN_MPI}).rank == 1  # our launcher inside an allocation
 
 
 def test_two_places_to_meet_are_an_error(ring: str) -> None:
@@ -223,7 +222,7 @@ def test_a_begun_set_is_not_skipped_for_a_complete_one(ring: str) -> None:
 
 
 def test_mpi_without_its_size_is_incomplete() -> None:
-    text = failure({"OMPI_COMM_WORLD_RANK": "0", "RT_COORDINATOR": "a:1"}, mpi_ok=True)
+    text = failure({"OMPI_COMM_WORLD_RANK": "0", "RT_COORDINATOR": "a:1"})
     assert text.startswith("OMPI_COMM_WORLD_RANK, RT_COORDINATOR: found no RT_WORLD_SIZE")
 
 

@@ -105,6 +105,7 @@ open({str(fifo)!r}, "w").close()
         (["-n", "2", "--backend", "mpi", "true"], "--backend mpi: not here yet"),
         (["-n", "2", "--mpi-arg", "x", "true"], "argument --mpi-arg: found 'x' without --backend mpi, expected none"),
         (["--hosts", "a,b", "--backend", "jaccl", "true"], '--backend jaccl: host [0] (a): "rdma": found 0 entries, expected 2'),
+        (["-n", "2", "--iface", "eth0,,eth1", "true"], "--iface: found an empty entry in 'eth0,,eth1'"),
         (["-n", "2", "-p", "70000", "true"], "argument -p/--starting-port: found '70000', expected a port from 1 to 65535"),
         (["-n", "2", "--sync-code", "/no/folder", "true"], "argument --sync-code: found '/no/folder', expected a folder that exists"),
         (["-n", "2", "no-such-program"], "program 'no-such-program' not found: not on PATH"),

@@ -74,6 +74,11 @@ def test_variables_of_some_families_go_along(site: sshd.Site, script: Path, tmp_
     assert run_source(site, script, told("A", "B", "RT_X"), "--hostfile", str(file), "--env", "A=line", hosts=[], **here) == ["line file 2"]
 
 
+def test_interfaces_are_a_variable(site: sshd.Site, script: Path) -> None:
+    source, which = told("RT_SOCKET_IFNAME"), "=eth0,10.0.0.0/8"
+    assert run_source(site, script, source, "--iface", which, hosts=["host0"], RT_SOCKET_IFNAME="other") == [which]
+
+
 def test_the_secret_is_shared_and_shown_nowhere(site: sshd.Site, script: Path) -> None:
     """Not on a command line or in an environment of any process that ranks can see, which is all of theirs, the launcher's and ssh's."""
     source = """

@@ -1,7 +1,7 @@
 """Jobs as other people's launchers, and shells, start them; and what a script says when it was started wrongly.
 
-May live here: torchrun, ``mlx.launch``, plain environments. May not: ``rt.launch`` (``test_launch``), the rules of configuration one by one
-(``test_config``).
+May live here: torchrun, ``mlx.launch``, mpirun, srun, plain environments. May not: ``rt.launch`` (``test_launch``), the rules of
+configuration one by one (``test_config``).
 
 torch and MLX live in ``.venv-peers`` (``make peers``), sklearn and optree in this environment. A rank under torchrun needs both, so those
 tests lend it this environment's packages; MLX's launcher takes any interpreter for its ranks and gets ours.
@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import slurm
 from peers import BIN, ROOT, needs_peers
 
 DEMO = str(ROOT / "examples" / "train_digits.py")
@@ -85,6 +86,30 @@ def test_mlx_launch_starts_the_demo_unchanged(size: int) -> None:
     done = run([str(BIN / "mlx.launch"), *options, DEMO])
     assert "[WARN]" not in done.stderr, done.stderr  # its exit status says nothing about ranks
     assert_trained(done, size)
+
+
+@needs_peers("ompirun_wrapper")
+@needs_peers("mpiexec.hydra")
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["ompirun_wrapper", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "--allow-run-as-root", "-x", "RT_COORDINATOR"],
+        ["mpiexec.hydra"],
+    ],
+    ids=["Open MPI", "MPICH"],
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_mpirun_starts_the_demo_unchanged(launcher: list[str], size: int) -> None:
+    place = {"RT_COORDINATOR": f"127.0.0.1:{free_port()}", "OPAL_PREFIX": str(BIN.parent)}
+    done = run([str(BIN / launcher[0]), *launcher[1:], "-n", str(size), sys.executable, DEMO], **place)
+    assert_trained(done, size)
+
+
+@pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing() or "-")
+def test_srun_starts_the_demo_unchanged(tmp_path: Path) -> None:
+    with slurm.cluster(tmp_path) as told:
+        done = run(["srun", "-n", "4", sys.executable, DEMO], RT_COORDINATOR=f"127.0.0.1:{free_port()}", **told)
+    assert_trained(done, 4)
 
 
 # --- shells --------------------------------------------------------------------------------------------------------------------------
