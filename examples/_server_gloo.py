@@ -79,8 +79,6 @@ async def follow(blocks: list[Block]) -> None:
     async def all_sum(x: Array) -> Array:
         return total(x)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     while True:
         command = np.empty(2, np.int64)
         broadcast(command)
@@ -103,6 +101,9 @@ def main() -> None:
     rank, size = int(os.environ["RT_RANK"]), int(os.environ["RT_WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{options.store}", rank=rank, world_size=size)
     blocks = shard(rank, size)
+    if rank != 0:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     processes: list[int] = [0] * size
     dist.all_gather_object(processes, os.getpid())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

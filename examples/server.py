@@ -48,6 +48,9 @@ async def main() -> None:
     group = await rt.init()
     end = await group.split(0)  # a second group of all ranks: its barrier does not stand in the way of the calls of the first
     blocks = shard(group.rank(), group.size())
+    if group.rank() != 0:  # before rank 0 can serve: a terminal or launcher sends its signals to all ranks, and they are for rank 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     try:
         processes = await rt.gather_objects(os.getpid())
         if group.rank() == 0:
@@ -105,9 +108,7 @@ async def lead(front: Front, blocks: list[Block]) -> None:
 
 
 async def follow(blocks: list[Block], end: rt.Group) -> None:
-    """Every other rank: do what rank 0 says. Signals are for rank 0: a terminal or launcher sends them to all."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Every other rank: do what rank 0 says."""
     while True:
         command: Command = await rt.broadcast_object(None)
         match command:

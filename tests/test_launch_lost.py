@@ -197,12 +197,14 @@ def test_ctrl_z_is_no_death(site: sshd.Site, tmp_path: Path) -> None:
 
 def test_output_that_nobody_reads_keeps_no_sign_of_life_back(site: sshd.Site, tmp_path: Path) -> None:
     """One rank fills every buffer on the way to a paused pager; the job lives on, and nothing is lost."""
-    os.mkfifo(tmp_path / "fifo")
+    done = tmp_path / "done"
+    for rank in (0, 2):  # one each: a pipe that two write to may end for both at once
+        os.mkfifo(f"{done}{rank}")
     flood = "if rank == 1:\n    for _ in range(1 << 10): print('x' * 65535)\n    sys.exit()\n"
-    source = flood + LONG.replace("print('ready')\n", "")
-    with running(site, tmp_path / "script.py", source, "--prefix", "never", arguments=[str(tmp_path / "fifo")]) as process:
-        for _ in range(2):
-            (tmp_path / "fifo").read_text()  # of ranks 0 and 2, after more than the silence that ends a job
+    source = flood + "import time\ntime.sleep(6)\nopen(sys.argv[1] + str(rank), 'w').close()\n"
+    with running(site, tmp_path / "script.py", source, "--prefix", "never", arguments=[str(done)]) as process:
+        for rank in (0, 2):
+            Path(f"{done}{rank}").read_text()  # after more than the silence that ends a job
         status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
         assert int(status["VmHWM"].split()[0]) < 64 << 10  # KiB: the launcher holds a part of it only
         out, error = process.communicate(timeout=PATIENCE)
