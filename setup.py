@@ -24,7 +24,7 @@ COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unused
 PXI = (
     "arrays", "lists", "pool", "program", "links", "shared", "receive", "send", "works", "deadlock", "submit", "engine", "work", "known",
 )  # fmt: skip
-PARTS = ["_kernels.h", "_poll.h", "_ring.h", *(f"_{part}.pxi" for part in PXI)]
+PARTS = ["_kernels.h", "_place.h", "_poll.h", "_ring.h", *(f"_{part}.pxi" for part in PXI)]
 
 extension = Extension(
     "rt._fastpath",

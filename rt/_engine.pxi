@@ -51,11 +51,12 @@ cdef class Engine:
     cdef bint orphan             # in a forked child: nothing here may be believed
     cdef object __weakref__
 
-    def __cinit__(self, *, bint pollable=True, Py_ssize_t segment=65536, uint32_t frame_most=FRAME_SENT):
+    def __cinit__(self, *, bint pollable=True, Py_ssize_t segment=65536, uint32_t frame_most=FRAME_SENT, Py_ssize_t cache_bytes=0):
         cdef int fds[2]
         memset(&self.core, 0, sizeof(Core))
         self._new_lock()
         self.core.poll_set = self.core.wake_read = self.core.wake_write = -1
+        self.core.cache_bytes = cache_bytes or rt_cache_bytes()
         self.core.segment = segment
         self.core.frame_most = min(frame_most, <uint32_t>FRAME_MOST)
         self.core.scratch_room = FRAME_MOST

@@ -62,6 +62,15 @@ cdef extern from "_poll.h" nogil:
     double rt_now()
     int rt_poll_sleep(int fd_a, int fd_b, double seconds)
 
+cdef extern from "_place.h" nogil:
+    ctypedef struct rt_processors:
+        pass
+    int rt_processor()
+    void rt_processors_none(rt_processors *set)
+    void rt_processors_add(rt_processors *set, int processor)
+    void rt_leave_processors(const rt_processors *taken)
+    long rt_cache_bytes()
+
 cdef extern from "_ring.h" nogil:
     int RT_RING_HEAD_BYTES, RT_RING_UNIT
     enum: RT_RING_PIECE
@@ -69,6 +78,9 @@ cdef extern from "_ring.h" nogil:
         uint64_t at
         uint64_t capacity
     void rt_ring_open(rt_ring *ring, void *memory, uint64_t capacity)
+    void rt_ring_tell_place(rt_ring *ring, int processor)
+    int rt_ring_place(const rt_ring *ring)
+    int rt_ring_reader_sleeps(const rt_ring *ring)
     int64_t rt_ring_room(rt_ring *ring)
     int rt_ring_has_news(const rt_ring *ring)
     int rt_ring_has_room(const rt_ring *ring)
@@ -76,6 +88,7 @@ cdef extern from "_ring.h" nogil:
     int64_t rt_ring_held(rt_ring *ring)
     int64_t rt_ring_peek(rt_ring *ring, const char **data)
     void rt_ring_put(rt_ring *ring, const char *source, size_t nbytes)
+    void rt_copy_past(char *to, const char *source, size_t nbytes)
     void rt_ring_put_piece(rt_ring *ring, const char *source)
     int rt_ring_publish(rt_ring *ring)
     void rt_ring_consume(rt_ring *ring, size_t nbytes)
@@ -200,6 +213,7 @@ cdef struct Step:
     int src2_size
     int dst_size
     int style                # BY_REDUCE or BY_MIXED
+    bint read_later          # by a later step: what it writes had better stay in the caches
     bint swap                # the second operand is the left one (BY_REDUCE), or the wide one (BY_MIXED)
     void *kernel
     Py_ssize_t src_off       # bytes from the start of the buffer
@@ -235,6 +249,7 @@ cdef struct Plan:
     Py_ssize_t *temp_bytes   # [buffer_count], 0 for INPUT and OUTPUT
     Py_ssize_t temp_total
     Py_ssize_t touched[2]    # bytes of INPUT and OUTPUT from their start that steps touch
+    Py_ssize_t footprint     # bytes of both together
 
 # -- a work in flight --------------------------------------------------------------------------------------------------------------
 
@@ -287,6 +302,7 @@ cdef struct WorkState:
     int stashed              # stash entries waiting in the streams
     int local_first          # first incomplete entry of plan.local_steps
     int slot_count
+    bint past                # results are written past the caches, which what the ranks of this host touch would not fit
     bint alone               # its thread blocks on it and can make no other call
     double divisor           # size of the group, for SCALE
     char **buffers
@@ -417,6 +433,8 @@ cdef struct Core:
     int link_count
     int link_room
     int shared_count
+    Py_ssize_t cache_bytes   # of the last level
+    double moved             # when this rank last left a processor to its peers
     Link **links
     int turn
     Py_ssize_t budget

@@ -53,6 +53,8 @@ cdef class Program:
             self.plan.temp_total += self.plan.temp_bytes[2 + index]
         self._streams(steps, links)
         self._steps(steps, wide, sizes, dtype, op)
+        touched = (self.plan.touched[0], self.plan.touched[1])
+        self.plan.footprint = sum(touched) if alias is None else max(touched)
         self._hazards(steps, alias)
 
     def __dealloc__(self):
@@ -190,6 +192,8 @@ cdef class Program:
                         mine, theirs = &writes[i], &writes[j]
                     if mine.buffer < 0 or mine.buffer != theirs.buffer or mine.start >= theirs.stop or theirs.start >= mine.stop:
                         continue
+                    if k < 2:
+                        plan.steps[j].read_later = True
                     delta = theirs.start - mine.start
                     # One bound per earlier step is enough: the tightest.
                     if count > plan.steps[i].dep_first and plan.deps[count - 1].step == j:
@@ -226,6 +230,11 @@ cdef class Program:
             for i in range(self.plan.step_count)
             for d in range(self.plan.steps[i].dep_first, self.plan.steps[i].dep_first + self.plan.steps[i].dep_count)
         ]
+
+    @property
+    def last_writes(self):
+        """The steps whose results no later step reads; for tests."""
+        return [i for i in range(self.plan.step_count) if self.plan.steps[i].dst >= 0 and not self.plan.steps[i].read_later]
 
 
 cdef enum:

@@ -12,6 +12,18 @@
 # another link. So where nothing else can move, such a frame is set aside at its own work, and the link is read on (set_aside).
 
 
+cdef enum:
+    PAST_LEAST = 4096        # bytes that are worth a fence
+
+
+cdef void copy_result(WorkState *work, Step *step, char *to, const char *source, Py_ssize_t nbytes) noexcept nogil:
+    """Copy what a step received or moves; past the caches, where no line is fetched first, if they could not hold it for a reader."""
+    if work.past and not step.read_later and nbytes >= PAST_LEAST:
+        rt_copy_past(to, source, nbytes)
+    else:
+        memcpy(to, source, nbytes)
+
+
 cdef Py_ssize_t apply_bytes(Core *core, StreamState *state, const char *data, Py_ssize_t available) noexcept nogil:
     """Apply received bytes to the step at which the stream stands, as far as its hazards allow; return how many were used."""
     cdef WorkState *work = state.work
@@ -27,7 +39,7 @@ cdef Py_ssize_t apply_bytes(Core *core, StreamState *state, const char *data, Py
     if used <= 0:
         return 0
     if step.kind == RECV:
-        memcpy(work.buffers[step.dst] + step.dst_off + state.landed, data, used)
+        copy_result(work, step, work.buffers[step.dst] + step.dst_off + state.landed, data, used)
         landed_bytes(core, state, used)
         return used
     items = used // step.wire

@@ -40,6 +40,7 @@ enum {
 
 typedef struct {
     _Alignas(128) _Atomic uint64_t written;
+    _Atomic uint32_t place; /* the processor that the writer polled on last, and 1; beside what the reader polls */
     _Alignas(128) _Atomic uint64_t consumed;
     _Alignas(128) _Atomic uint32_t reader_sleeps;
     _Alignas(128) _Atomic uint32_t writer_sleeps;
@@ -68,6 +69,23 @@ static void rt_ring_open(rt_ring *ring, void *memory, uint64_t capacity)
     ring->at = ring->seen = 0;
     ring->past = ring->timed = 0;
     ring->fastest = UINT64_MAX;
+}
+
+/* Says on which processor the writer runs. */
+static void rt_ring_tell_place(rt_ring *ring, int processor)
+{
+    uint32_t place = (uint32_t)(processor + 1);
+    if (atomic_load_explicit(&ring->shared->place, memory_order_relaxed) != place)
+        atomic_store_explicit(&ring->shared->place, place, memory_order_relaxed);
+}
+
+/* On which processor the writer was last, -1 if it never said so. */
+static int rt_ring_place(const rt_ring *ring) { return (int)atomic_load_explicit(&ring->shared->place, memory_order_relaxed) - 1; }
+
+/* Whether the reader has said that it sleeps. */
+static int rt_ring_reader_sleeps(const rt_ring *ring)
+{
+    return (int)atomic_load_explicit(&ring->shared->reader_sleeps, memory_order_relaxed);
 }
 
 /* Bytes that may be written now; negative if the reader's position is impossible. */
@@ -145,8 +163,8 @@ static uint64_t rt_ring_now(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* Copies past the caches; what is shown afterwards is there. */
-static void rt_ring_stream(char *to, const char *from, size_t nbytes)
+/* Copies past the caches, into a ring or out of it; what is shown afterwards is there. */
+static void rt_copy_past(char *to, const char *from, size_t nbytes)
 {
 #if defined(__x86_64__)
     size_t head = -(uintptr_t)to % 16, body = nbytes - head - (nbytes - head) % 64;
@@ -171,7 +189,7 @@ static void rt_ring_put_piece(rt_ring *ring, const char *from)
 {
     if (ring->past) {
         ring->past--;
-        rt_ring_stream(ring->data + (ring->at & (ring->capacity - 1)), from, RT_RING_PIECE);
+        rt_copy_past(ring->data + (ring->at & (ring->capacity - 1)), from, RT_RING_PIECE);
         ring->at += RT_RING_PIECE;
         return;
     }

@@ -143,12 +143,38 @@ cdef enum:
     NEWS_OF_SOCKETS = 2
 
 
+cdef double MOVE_SECONDS = 1e-3              # between two moves to another processor, which cost some 20 us
+
+
+cdef void core_spread(Core *core, double now) noexcept nogil:
+    """Leave a processor on which a peer that is awake runs too (_place.h). Who polls moves: it has nothing in that processor's cache."""
+    cdef rt_processors taken
+    cdef int here = rt_processor()
+    cdef bint together = False
+    cdef int i, place
+    cdef Link *link
+    rt_processors_none(&taken)
+    for i in range(core.link_count):
+        link = core.links[i]
+        if link.shared and link.memory != NULL:
+            rt_ring_tell_place(&link.tx, here)
+            place = rt_ring_place(&link.rx)
+            if place >= 0 and not rt_ring_reader_sleeps(&link.tx):
+                rt_processors_add(&taken, place)
+                together = together or place == here
+    if together and now >= core.moved + MOVE_SECONDS:
+        core.moved = now
+        rt_leave_processors(&taken)
+
+
 cdef int core_watch(Core *core, double until) noexcept nogil:
     """Poll the rings until there may be something to do or ``until`` has come; 0 then. Changes nothing, and needs no lock.
 
-    Sockets are asked seldom, with a system call: the rest of the time goes to memory.
+    Sockets are asked seldom, with a system call: the rest of the time goes to memory. With ``until`` 0, where cores are scarce, it looks
+    once.
     """
     cdef int i, round
+    cdef double now
     cdef Link *link
     while True:
         for round in range(64):
@@ -162,8 +188,10 @@ cdef int core_watch(Core *core, double until) noexcept nogil:
             rt_ring_pause()
         if rt_poll_sleep(core.poll_set, core.poll_set, 0) > 0:
             return NEWS_OF_SOCKETS
-        if rt_now() >= until:
+        now = rt_now()
+        if now >= until:
             return 0
+        core_spread(core, now)
 
 
 cdef int core_yield(Core *core) noexcept nogil:

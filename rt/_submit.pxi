@@ -58,6 +58,7 @@ cdef void work_start(Core *core, WorkState *work, Channel *channel) noexcept nog
     cdef Link *link
     cdef int i
     work.channel = channel
+    work.past = plan.footprint * (core.shared_count + 1) >= core.cache_bytes
     work.sequence = channel.next_sequence
     channel.next_sequence += 1
     memcpy(work.signature, &work.sequence, 4)

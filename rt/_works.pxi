@@ -284,7 +284,7 @@ cdef void run_step(WorkState *work, Step *step, Py_ssize_t at, Py_ssize_t items)
     cdef char *dst = work.buffers[step.dst] + step.dst_off + at * step.dst_size
     cdef char *src = work.buffers[step.src] + step.src_off + at * step.src_size
     if step.kind == COPY:
-        memcpy(dst, src, items * step.dst_size)
+        copy_result(work, step, dst, src, items * step.dst_size)
     elif step.kind == REDUCE:
         run_reduction(step, dst, src, work.buffers[step.src2] + step.src2_off + at * step.src2_size, items)
     elif step.kind == SCALE:

@@ -52,6 +52,8 @@ static void sleep_on(int fd, int who)
 
 static char byte_at(uint64_t position) { return (char)(position * 2654435761u >> 13); }
 
+enum { PLACES = 3 };
+
 static void *writer(void *unused)
 {
     rt_ring ring;
@@ -63,6 +65,8 @@ static void *writer(void *unused)
         int64_t room = rt_ring_room(&ring);
         if (room < 0)
             fail(1, "impossible position of the reader");
+        if (!rt_ring_reader_sleeps(&ring))
+            rt_ring_tell_place(&ring, rand_r(&dice) % PLACES);
         if (room < RT_RING_UNIT) {
             for (int i = rand_r(&dice) % 50; i > 0 && !rt_ring_has_room(&ring); i--)
                 rt_ring_pause();
@@ -103,6 +107,8 @@ static void *reader(void *unused)
         int64_t have = rt_ring_peek(&ring, &data);
         if (have < 0)
             fail(1, "impossible position of the writer");
+        if (rt_ring_place(&ring) < -1 || rt_ring_place(&ring) >= PLACES)
+            fail(1, "the writer said no such place");
         if (have == 0) {
             for (int i = rand_r(&dice) % 50; i > 0 && !rt_ring_has_news(&ring); i--)
                 rt_ring_pause();

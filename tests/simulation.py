@@ -27,20 +27,22 @@ class SimWorld:
 
     Args:
         seed: decides who progresses when, and how much of what is possible a link moves.
+        cache: bytes of the processors' last level; 0: what it is here.
         wakes: links move all that is possible and tell their peers, and an engine goes on only if it said that it could or was woken:
             a forgotten wake-up is a deadlock.
     """
 
     def __init__(
-        self, size: int, *, lanes: int = 1, capacity: int = 64, seed: int = 0, segment: int = 64, frame: int = 1 << 18, wakes: bool = False
-    ) -> None:
+        self, size: int, *, lanes: int = 1, capacity: int = 64, seed: int = 0, segment: int = 64, frame: int = 1 << 18, wakes: bool = False,
+        cache: int = 0,
+    ) -> None:  # fmt: skip
         self.dice = random.Random(seed)
         self.wakes = wakes
         self.awake = set(range(size))
         self.submit_budget = 1 << 20
         dice = None if wakes else self.dice
         self.size, self.lanes = size, lanes
-        self.engines = [_fastpath.Engine(pollable=False, segment=segment, frame_most=frame) for _ in range(size)]
+        self.engines = [_fastpath.Engine(pollable=False, segment=segment, frame_most=frame, cache_bytes=cache) for _ in range(size)]
         self.indexes: list[list[int]] = [[] for _ in range(size)]
         self.links: dict[tuple[int, int, int], MemoryLink] = {}
         self.events: list[list[Any]] = [[] for _ in range(size)]

@@ -86,10 +86,21 @@ def test_messages_of_many_frames(size: int) -> None:
         for seed in range(3):
             dice = random.Random(f"{kind} {size} {seed}")
             capacity, frame = dice.choice((5000, 1 << 20)), dice.choice((999, 1 << 18))
-            world = SimWorld(size, lanes=1 + seed % 2, capacity=capacity, seed=seed, segment=4096, frame=frame)
+            cache = dice.choice((0, 1))  # 1: results are written past it
+            world = SimWorld(size, lanes=1 + seed % 2, capacity=capacity, seed=seed, segment=5000, frame=frame, cache=cache)
             trial = Trial(kind, size, dice, most_items=60_000, mesh=seed < 2)
             world.run([trial.submit(world, rank) for rank in range(size)])
             trial.check()
+
+
+def test_what_later_steps_read_is_told_from_results() -> None:
+    """Only results are written past the caches. Rank 1 of 3 gathers: its own block, what it passes on, and what ends there."""
+    schedule = algorithms_move.ring_all_gather(1, (10, 10, 10), 1, 8)
+    program = _fastpath.Program(schedule, code_of(np.dtype(np.int64)), Op.SUM, [1, 0, 1])
+    sent = {(step.src, step.src_off) for step in schedule.steps if step.kind is Kind.SEND}
+    written = [(step.dst, step.dst_off) for step in schedule.steps]
+    assert program.last_writes == [i for i, step in enumerate(schedule.steps) if step.dst >= 0 and written[i] not in sent]
+    assert 1 < len(program.last_writes) < len([step for step in schedule.steps if step.dst >= 0])
 
 
 @pytest.mark.parametrize("budget", (1, 100, 5000))

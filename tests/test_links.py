@@ -27,6 +27,7 @@ from transports.memory import MemoryLink, memory_pair
 LOST, CLOSED, PROTOCOL = _fastpath.LOST, _fastpath.CLOSED, _fastpath.PROTOCOL
 PATIENCE_MS = 10_000  # until a test that waits for a wake-up gives up
 KINDS = ("memory", "pair", "tcp", "shm")
+POLLS = 5e-3  # seconds in which a thread may move more than once
 BIG = 1 << 19  # items; far more than any link holds
 
 
@@ -74,7 +75,7 @@ class RawMemory:
 class RawRings:
     """Writes and reads rings as ``rt/_ring.h`` does, with the near end standing still meanwhile."""
 
-    WRITTEN, CONSUMED, READER_SLEEPS, WRITER_SLEEPS, DATA = 0, 128, 256, 384, 512
+    WRITTEN, PLACE, CONSUMED, READER_SLEEPS, WRITER_SLEEPS, DATA = 0, 8, 128, 256, 384, 512
 
     def __init__(self, fd: int, sock: socket.socket, capacity: int) -> None:
         self.memory = mmap.mmap(fd, 0)
@@ -106,6 +107,13 @@ class RawRings:
         self._set(0, self.CONSUMED, end)
         self._wake(0, self.WRITER_SLEEPS)
         return found
+
+    def told_place(self) -> int:
+        """The processor that the near end polled on last, and 1."""
+        return self._look(0, self.PLACE, "I")
+
+    def tell_place(self, place: int) -> None:
+        self._set(1, self.PLACE, place, "I")
 
     def end(self) -> None:
         self.memory.close()
@@ -370,3 +378,18 @@ def test_engine_of_the_parent_is_dead_in_a_forked_child(pair: Pair) -> None:
     assert engine.fileno() == -1 and engine.progress(1) == _fastpath.IDLE and work.state == _fastpath.FLYING
     with pytest.raises(RuntimeError, match="closed"):
         transfer(engine, 0, np.arange(3), sends=True)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is only one processor to run on")
+def test_who_polls_beside_its_peer_moves_to_another_processor() -> None:
+    with closing(Pair("shm")) as pair:
+        engine, raw = pair.engine(), pair.raw()
+        allowed = os.sched_getaffinity(0)
+        transfer(engine, 0, np.zeros(1, np.int64), sends=False)
+        _fastpath.turn(engine, 1 << 20, POLLS)
+        here = raw.told_place()
+        assert here - 1 in allowed
+        raw.tell_place(here)
+        # It may be taken back at any time, but not every time.
+        assert any(_fastpath.turn(engine, 1 << 20, POLLS) == _fastpath.BLOCKED and raw.told_place() != here for _ in range(100))
+        assert os.sched_getaffinity(0) == allowed
