@@ -1,4 +1,4 @@
-# All-reduces that were made before: found by what lies at hand, and started in one go.
+# Collectives that were made before: found by what lies at hand, and started in one go.
 #
 # May live here: the table of a group, and what a call does that is found in it, a short poll for its end included. May not: conversions,
 # choices, and checks beyond the question whether arrays are plain; a call that needs more goes through rt/collectives.py, which puts what
@@ -19,25 +19,42 @@ cdef enum:
 
 
 cdef struct Known:
-    PyObject *op                            # one of Reductions.ops. NULL: a free place. Objects are kept alive by Reductions.kept
+    uint64_t call                           # what is called, as Calls.start wants it. 0: a free place. Objects are kept alive by Calls.kept
     PyObject *dtype
     PyObject *program
     PyObject *signature
     PyObject *about
-    bint in_place
+    Py_ssize_t shift                        # bytes from the result to x where they share memory, else APART
     int ndim
+    int out_ndim
     cnp.npy_intp dims[KNOWN_DIMS]
+    cnp.npy_intp out_dims[KNOWN_DIMS]
+    Py_ssize_t out_bytes
 
 
-cdef class Reductions:
-    """The all-reduces of one group whose plan is made.
+cdef Py_ssize_t APART = <Py_ssize_t>(1) << 62
+
+
+cdef Py_ssize_t shift_between(cnp.ndarray x, cnp.ndarray out):
+    """Bytes from ``out`` to ``x``, both contiguous, or APART if they share no memory."""
+    cdef char *start = cnp.PyArray_BYTES(x)
+    cdef char *result = cnp.PyArray_BYTES(out)
+    if start + cnp.PyArray_NBYTES(x) <= result or result + cnp.PyArray_NBYTES(out) <= start:
+        return APART
+    return start - result
+
+
+cdef class Calls:
+    """The collectives of one group whose plan is made.
+
+    A call is told by a number other than 0: the collective, and what else of it is not seen in the arrays (``known_as``).
 
     Args:
         make: class of the works; its ``__init__`` is not called.
         group: the group, for its works; identity: its identity, and that of the channel of its collectives.
         ranks: world rank of each of its ranks.
         recent: where the numbers and signatures of its last calls are noted, in turns.
-        ops: the operators by name.
+        ops: the operators of all-reduces by name, each the number of such a call.
     """
     cdef Engine engine
     cdef object make, group
@@ -67,11 +84,11 @@ cdef class Reductions:
         self.failure = failure
         self.forget()
 
-    cdef Known *place(self, PyObject *op, cnp.ndarray x, bint in_place):
+    cdef Known *place(self, uint64_t call, cnp.ndarray x, Py_ssize_t shift):
         """The place of a call in the table, free or not."""
         cdef PyObject *dtype = <PyObject *>cnp.PyArray_DESCR(x)
         cdef int ndim = cnp.PyArray_NDIM(x)
-        cdef uint64_t mixed = <uintptr_t>op ^ (<uint64_t><uintptr_t>dtype << 1) ^ <uint64_t>in_place
+        cdef uint64_t mixed = call ^ (<uint64_t><uintptr_t>dtype << 1) ^ <uint64_t>shift
         cdef Known *known
         cdef int i, at
         for i in range(ndim):
@@ -79,9 +96,9 @@ cdef class Reductions:
         at = <int>((mixed ^ (mixed >> 32)) % KNOWN_PLACES)
         while True:                         # half of the places are free
             known = &self.places[at]
-            if known.op == NULL:
+            if known.call == 0:
                 return known
-            if known.op == op and known.dtype == dtype and known.in_place == in_place and known.ndim == ndim:
+            if known.call == call and known.dtype == dtype and known.shift == shift and known.ndim == ndim:
                 for i in range(ndim):
                     if known.dims[i] != cnp.PyArray_DIM(x, i):
                         break
@@ -89,60 +106,90 @@ cdef class Reductions:
                     return known
             at = (at + 1) % KNOWN_PLACES
 
-    def remember(self, x, op, out, ready) -> None:
-        """Keep the plan of a call that was checked: ``out`` is x, or lies apart from it."""
-        cdef cnp.ndarray array
+    def remember(self, uint64_t call, x, out, ready) -> None:
+        """Keep the plan of a call that was checked, of a plain array with a plain result ``out`` of the same dtype."""
+        cdef cnp.ndarray array, target
         cdef Known *known
+        cdef Py_ssize_t shift
         cdef int i
-        if type(x) is not cnp.ndarray or cnp.PyArray_NDIM(<cnp.ndarray>x) > KNOWN_DIMS:
+        if type(x) is not cnp.ndarray or cnp.PyArray_NDIM(<cnp.ndarray>x) > KNOWN_DIMS or cnp.PyArray_NDIM(<cnp.ndarray>out) > KNOWN_DIMS:
             return
         if self.count >= KNOWN_MOST:
             self.forget()
-        array = <cnp.ndarray>x
-        op, dtype = self.ops[op], array.dtype
-        self.kept.append((op, dtype, ready.program, ready.signature, ready.about))
-        known = self.place(<PyObject *>op, array, out is x)
-        if known.op != NULL or self.count >= KNOWN_MOST or self.failure is not None:
+        array, target = <cnp.ndarray>x, <cnp.ndarray>out
+        dtype = array.dtype
+        self.kept.append((dtype, ready.program, ready.signature, ready.about))
+        shift = shift_between(array, target)
+        known = self.place(call, array, shift)
+        if known.call != 0 or self.count >= KNOWN_MOST or self.failure is not None:
             return
-        known.op, known.dtype = <PyObject *>op, <PyObject *>dtype
+        known.call, known.dtype = call, <PyObject *>dtype
         known.program, known.signature, known.about = <PyObject *>ready.program, <PyObject *>ready.signature, <PyObject *>ready.about
-        known.in_place, known.ndim = out is x, cnp.PyArray_NDIM(array)
+        known.shift, known.ndim, known.out_ndim = shift, cnp.PyArray_NDIM(array), cnp.PyArray_NDIM(target)
+        known.out_bytes = cnp.PyArray_NBYTES(target)
         for i in range(known.ndim):
             known.dims[i] = cnp.PyArray_DIM(array, i)
+        for i in range(known.out_ndim):
+            known.out_dims[i] = cnp.PyArray_DIM(target, i)
         self.count += 1
 
-    cpdef object start(self, x, op, out, what, Py_ssize_t budget):
-        """Start an all-reduce of an array; return its work, or None if the call is not in the table."""
+    cdef Known *find(self, uint64_t call, x, out):
+        """The call in the table, NULL if it is not there or not as it was."""
         cdef cnp.ndarray array, target
         cdef Known *known
+        cdef Py_ssize_t shift = APART
+        cdef int i
+        if type(x) is not cnp.ndarray or self.count == 0:
+            return NULL
+        array = <cnp.ndarray>x
+        if not cnp.PyArray_ISCARRAY_RO(array) or cnp.PyArray_NDIM(array) > KNOWN_DIMS:
+            return NULL
+        if out is None:
+            known = self.place(call, array, APART)
+            # Memory for large results is a matter for those who keep it.
+            return known if known.call != 0 and known.out_bytes < POOLED_BYTES else NULL
+        if type(out) is not cnp.ndarray:
+            return NULL
+        target = <cnp.ndarray>out
+        if cnp.PyArray_DESCR(target) != cnp.PyArray_DESCR(array) or not cnp.PyArray_ISCARRAY(target):
+            return NULL
+        known = self.place(call, array, shift_between(array, target))
+        if known.call == 0 or known.out_ndim != cnp.PyArray_NDIM(target):
+            return NULL
+        for i in range(known.out_ndim):
+            if known.out_dims[i] != cnp.PyArray_DIM(target, i):
+                return NULL
+        return known
+
+    def reduce(self, x, op, out, what, Py_ssize_t budget):
+        """As ``start``, of an all-reduce with an operator of this name."""
+        if type(op) is not str:
+            return None
+        call = self.ops.get(op)
+        return None if call is None else self.start(call, x, out, what, budget)
+
+    cpdef object start(self, uint64_t call, x, out, what, Py_ssize_t budget):
+        """Start a collective of an array; return its work, or None if the call is not in the table."""
+        cdef Known *known = self.find(call, x, out)
+        cdef cnp.ndarray array, target
         cdef Work work
         cdef Program program
         cdef bytes signature
-        if type(x) is not cnp.ndarray or type(op) is not str or self.count == 0:
+        cdef int ndim
+        cdef cnp.npy_intp dims[KNOWN_DIMS]
+        if known == NULL:
             return None
         array = <cnp.ndarray>x
-        if not cnp.PyArray_ISCARRAY_RO(array) or cnp.PyArray_NDIM(array) > KNOWN_DIMS:
-            return None
-        if out is None:
-            if cnp.PyArray_NBYTES(array) >= POOLED_BYTES:    # a matter for those who keep memory
-                return None
-        elif not lies_like(out, array) or out is not x and not lie_apart(out, array):
-            return None
-        code = self.ops.get(op)
-        if code is None:
-            return None
-        known = self.place(<PyObject *>code, array, out is x)
-        if known.op == NULL:
-            return None
         program, signature = <Program>known.program, <bytes>known.signature
         about, dtype = <object>known.about, <object>known.dtype
+        ndim = known.out_ndim
+        memcpy(dims, known.out_dims, sizeof(dims))
         work = <Work>(<PyTypeObject *>self.make).tp_new(self.make, <PyObject *>NO_ARGUMENTS, NULL)
         work.group, work.what, work.about = self.group, what, about
         work.borrows_source = True
         if out is None:
             Py_INCREF(dtype)                # taken over by the array
-            target = PyArray_NewFromDescr(&PyArray_Type, <PyArray_Descr *><PyObject *>dtype, cnp.PyArray_NDIM(array),
-                                          cnp.PyArray_DIMS(array), NULL, NULL, 0, NULL)
+            target = PyArray_NewFromDescr(&PyArray_Type, <PyArray_Descr *><PyObject *>dtype, ndim, dims, NULL, NULL, 0, NULL)
         else:
             target = <cnp.ndarray>out
             work.borrows_target = True
@@ -155,13 +202,13 @@ cdef class Reductions:
         return work
 
     def run(self, x, op, out, what, double spin):
-        """As ``start``, and poll for ``spin`` seconds for its end. Not where a loop runs: a blocking call there may have to be refused."""
+        """As ``reduce``, and poll for ``spin`` seconds for its end. Not where a loop runs: a blocking call there may have to be refused."""
         cdef Work work
         cdef double until
         cdef int found = NEWS_IN_MEMORY
         if running_loop() is not None:
             return None
-        work = self.start(x, op, out, what, BLOCKING_BUDGET)
+        work = self.reduce(x, op, out, what, BLOCKING_BUDGET)
         if work is None or work.state != STATE_FLYING:
             return work
         try:

@@ -12,17 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from rt import arrays
+from rt import _fastpath, arrays
 from rt.aio import BUDGET_BYTES, Work
 from rt.dtypes import INEXACT, OPS, DType, Op, check_op, code_of, numpy_dtype
-from rt.group import Call, CoreGroup, hash64
+from rt.group import Call, CoreGroup, hash64, known_as
 from rt.schedule import Collective
+
+_ALL_GATHER = known_as(Collective.ALL_GATHER)
+_SUM_SCATTER = {op: known_as(Collective.REDUCE_SCATTER, op) for op in Op}
 
 
 def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_reduce") -> Work:
     """Start an all-reduce; the result has x's shape. Of a list of arrays, the result is the list of theirs."""
     # The call that servers make all day: to check and describe it takes longer than to carry it out.
-    known: Work | None = group.reductions.start(x, op, out, what, BUDGET_BYTES)
+    known: Work | None = group.known.reduce(x, op, out, what, BUDGET_BYTES)
     if known is not None:
         group.follow(known.status)
         return known
@@ -43,31 +46,55 @@ def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_red
     check_op(dtype, code, what)
     call = Call(Collective.ALL_REDUCE, dtype, code, array.shape, array.size, alias=alias)
     group.submit(what, call, array, target, work)
-    # What another thread did to x meanwhile must not be remembered.
-    if array is x and (target is x) == (alias is not None) and (x.shape, x.dtype) == (target.shape, target.dtype):
-        group.reductions.remember(x, op, target, group.ready(call))
+    if array is x:
+        remember(group, call, x, target, x.shape)
     return work
+
+
+def again(group: CoreGroup, x: Any, out: Any, what: str, call: int) -> Work | None:
+    """Start a call that was made before, None if it was not; ``call`` is what ``known_as`` returns."""
+    known: Work | None = group.known.start(call, x, out, what, BUDGET_BYTES)
+    if known is not None:
+        group.follow(known.status)
+    return known
+
+
+def remember(group: CoreGroup, call: Call, x: np.ndarray[Any, Any], target: np.ndarray[Any, Any], shape: tuple[int, ...]) -> None:
+    """Have ``again`` find a call whose arguments are x itself and a result of x's dtype and this shape."""
+    # What another thread did to the arrays meanwhile must not be remembered.
+    apart = _fastpath.lie_apart(x, target)
+    if (x.shape, target.shape, x.dtype, apart) == (call.shape, shape, target.dtype, call.alias is None) and code_of(x.dtype) == call.dtype:
+        group.known.remember(known_as(call.kind, call.op, call.root), x, target, group.ready(call))
 
 
 def all_gather(group: CoreGroup, x: Any, out: Any) -> Work:
     """Start an all-gather: blocks of all ranks along axis 0, in rank order."""
+    known = again(group, x, out, "all_gather", _ALL_GATHER)
+    if known is not None:
+        return known
     work = Work(group)
     array = _array(x, "all_gather", work)
     dtype = code_of(array.dtype)
     if group.size == 1:
         return _alone(work, x, array, out, "all_gather")
-    target = _target(out, _gathered_shape(array.shape, group), array, "all_gather", work)
+    shape = _gathered_shape(array.shape, group)
+    target = _target(out, shape, array, "all_gather", work)
     alias = _aliasing(x, array, target, "all_gather", {(group.rank * array.size, 0)})
     work.result = target
     call = Call(Collective.ALL_GATHER, dtype, Op.SUM, array.shape, array.size, alias=alias)
     group.submit("all_gather", call, array, target, work)
+    if array is x:
+        remember(group, call, x, target, shape)
     return work
 
 
 def sum_scatter(group: CoreGroup, x: Any, op: str, out: Any) -> Work:
     """Start a reduce-scatter: this rank's block, along axis 0, of the reduction."""
-    work = Work(group)
     code = _operator(op)
+    known = again(group, x, out, "sum_scatter", _SUM_SCATTER[code])
+    if known is not None:
+        return known
+    work = Work(group)
     array = _array(x, "sum_scatter", work)
     dtype = code_of(array.dtype)
     check_op(dtype, code, "sum_scatter")
@@ -79,6 +106,8 @@ def sum_scatter(group: CoreGroup, x: Any, op: str, out: Any) -> Work:
     work.result = target
     call = Call(Collective.REDUCE_SCATTER, dtype, code, array.shape, target.size, alias=alias)
     group.submit("sum_scatter", call, array, target, work)
+    if array is x:
+        remember(group, call, x, target, shape)
     return work
 
 
@@ -128,10 +157,13 @@ def _identity(dtype: DType, op: Op) -> Any:
 
 def broadcast(group: CoreGroup, x: Any, root: int, out: Any) -> Work:
     """Start a broadcast of the root's x; the others pass an array of the same shape and dtype, whose content does not matter."""
+    root = _rank(root, group, "root")
+    known = again(group, x, out, "broadcast", known_as(Collective.BROADCAST, root=root))
+    if known is not None:
+        return known
     work = Work(group)
     array = _array(x, "broadcast", work)
     dtype = code_of(array.dtype)
-    root = _rank(root, group, "root")
     if group.size == 1:
         return _alone(work, x, array, out, "broadcast")
     target = _target(out, array.shape, array, "broadcast", work)
@@ -139,6 +171,8 @@ def broadcast(group: CoreGroup, x: Any, root: int, out: Any) -> Work:
     work.result = target
     call = Call(Collective.BROADCAST, dtype, Op.SUM, array.shape, array.size, root=root, alias=alias)
     group.submit("broadcast", call, array, target, work)
+    if array is x:
+        remember(group, call, x, target, x.shape)
     return work
 
 

@@ -15,10 +15,12 @@ import numpy as np
 
 from rt import arrays
 from rt.aio import Work
-from rt.collectives import _aliasing, _alone, _array, _block_shape, _gathered_shape, _operator, _rank, _target
+from rt.collectives import _aliasing, _alone, _array, _block_shape, _gathered_shape, _operator, _rank, _target, again, remember
 from rt.dtypes import Op, check_op, code_of
-from rt.group import Call, CoreGroup
+from rt.group import Call, CoreGroup, known_as
 from rt.schedule import Collective
+
+_ALL_TO_ALL = known_as(Collective.ALL_TO_ALL)
 
 
 def reduce(group: CoreGroup, x: Any, op: str, root: int, out: Any) -> Work:
@@ -108,6 +110,9 @@ def _whole(
 
 def all_to_all(group: CoreGroup, x: Any, out: Any) -> Work:
     """Start an all-to-all: block j of x, along axis 0, goes to rank j, and block i of the result comes from rank i."""
+    known = again(group, x, out, "all_to_all", _ALL_TO_ALL)
+    if known is not None:
+        return known
     work = Work(group)
     array = _array(x, "all_to_all", work)
     dtype = code_of(array.dtype)
@@ -119,6 +124,8 @@ def all_to_all(group: CoreGroup, x: Any, out: Any) -> Work:
     work.result = target
     call = Call(Collective.ALL_TO_ALL, dtype, Op.SUM, array.shape, array.size // group.size, alias=alias)
     group.submit("all_to_all", call, array, target, work)
+    if array is x:
+        remember(group, call, x, target, x.shape)
     return work
 
 

@@ -78,6 +78,14 @@ class Ready(NamedTuple):
     about: str
 
 
+def known_as(kind: Collective, op: Op = Op.SUM, root: int = -1) -> int:
+    """Return the number that tells a call in the table of calls that were made before, with what its arrays show."""
+    return kind | op << 8 | root + 1 << 16
+
+
+_KNOWN_OPS = {name: known_as(Collective.ALL_REDUCE, op) for name, op in OPS.items()}
+
+
 def hash64(*parts: object) -> int:
     """Return a 64-bit number that all ranks derive alike and that is never 0."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
@@ -112,7 +120,7 @@ class CoreGroup:
         self.object_orders: dict[tuple[Any, ...], Order] = {}
         self._plans: dict[Call, Ready] = {}
         self._recent: list[tuple[int, bytes]] = [(-1, b"")] * _RECENT
-        self.reductions = _fastpath.Reductions(Work, self, self.engine, identity, self.ranks, self._recent, OPS)
+        self.known = _fastpath.Calls(Work, self, self.engine, identity, self.ranks, self._recent, _KNOWN_OPS)
         if self.engine is not None and world is not None:
             pairs = set(itertools.combinations(sorted(self.ranks), 2))
             self.full_mesh = pairs <= world.direct
@@ -202,7 +210,7 @@ class CoreGroup:
         ready = Ready(program, signature, self._channel(call), about)
         if len(self._plans) >= _PLANS_MOST:
             self._plans.clear()
-            self.reductions.forget()
+            self.known.forget()
         self._plans[call] = ready
         return ready
 
@@ -259,7 +267,7 @@ class CoreGroup:
     def refuse(self, failure: Callable[..., RTError]) -> None:
         """Have every call from now on raise ``failure``."""
         self.failure = failure
-        self.reductions.break_off(failure)
+        self.known.break_off(failure)
 
     def broken(self, kind: type[GroupBrokenError], culprit: int | None, text: str) -> Callable[..., GroupBrokenError]:
         """Return what makes this group's error for a work."""

@@ -84,7 +84,7 @@ class _Blocking(Api[Any]):
         # A small one between ranks that poll takes less time than the layers that most calls go through.
         core = core_of(group) if group is not None else world.current()
         if core is not None and timeout is None is core.timeout and stream is None is key:
-            work = core.reductions.run(x, op, out, what, core.world.spin if core.world is not None else 0.0)
+            work = core.known.run(x, op, out, what, core.world.spin if core.world is not None else 0.0)
             if work is not None:
                 return work.result if work.state == _fastpath.DONE else _wait(work, None)
         return super()._all_reduce(group, what, op, x, out, timeout, stream, key)

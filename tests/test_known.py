@@ -1,6 +1,6 @@
 """Calls that were made before and are found in a group's table: they must differ from first calls in nothing but time.
 
-May live here: all-reduces that are repeated, and what must not be taken for a repetition. May not: what a first call checks
+May live here: collectives that are repeated, and what must not be taken for a repetition. May not: what a first call checks
 (``test_collectives``, ``test_api``).
 """
 
@@ -75,6 +75,59 @@ async def refusals(rt: Any, group: Any, ctl: Any) -> None:
 @fronts
 def test_what_a_first_call_refuses_a_later_one_does_too(front: str) -> None:
     results(2, refusals, front=front)
+
+
+async def others_alike_but_not_the_same(rt: Any, group: Any, ctl: Any) -> None:
+    """As ``alike_but_not_the_same``, of the other collectives that are remembered."""
+    me = group.rank()
+    x = np.arange(8, dtype=np.float32).reshape(4, 2) + 10 * me
+    both = [np.arange(8, dtype=np.float32).reshape(4, 2) + 10 * rank for rank in range(2)]
+    all_rows, total, largest = np.concatenate(both), both[0] + both[1], both[1]
+    half = slice(2 * me, 2 * me + 2)
+    swapped = np.concatenate([rows[half] for rows in both])
+    for _ in range(3):
+        assert np.array_equal(await rt.all_gather(x), all_rows)
+        assert np.array_equal(await rt.all_gather(x.reshape(2, 4)), all_rows.reshape(4, 4))
+        assert np.array_equal(await rt.all_gather(x.astype(np.int32)), all_rows)
+        assert np.array_equal(await rt.all_gather(np.asfortranarray(x)), all_rows), "not contiguous"
+        out, memory = np.empty((8, 2), np.float32), np.zeros((8, 2), np.float32)
+        assert await rt.all_gather(x, out=out) is out and np.array_equal(out, all_rows)
+        memory[4 * me : 4 * me + 4] = x
+        assert await rt.all_gather(memory[4 * me : 4 * me + 4], out=memory) is memory and np.array_equal(memory, all_rows), "in place"
+        assert np.array_equal(await rt.sum_scatter(x), total[half])
+        assert np.array_equal(await rt.sum_scatter(x, "max"), largest[half])
+        own = x.copy()
+        assert np.array_equal(await rt.sum_scatter(own, out=own[half]), total[half]), "in place"
+        assert np.array_equal(await rt.broadcast(x), both[0]) and np.array_equal(await rt.broadcast(x, 1), both[1])
+        assert np.array_equal(await rt.broadcast(x, np.int64(1)), both[1])
+        own = x.copy()
+        assert await rt.broadcast(own, 1, out=own) is own and np.array_equal(own, both[1])
+        assert np.array_equal(await rt.all_to_all(x), swapped)
+        own = x.copy()
+        assert await rt.all_to_all(own, out=own) is own and np.array_equal(own, swapped)
+        first, second = await rt.all_gather(x), await rt.all_gather(x)
+        assert not np.shares_memory(first, second) and first.flags.writeable
+    assert np.array_equal(x, both[me])
+    for call, bad, words in (
+        (rt.all_gather, np.empty((4, 4), np.float32), "shape"), (rt.all_gather, np.empty((8, 2)), "dtype float32"),
+        (rt.sum_scatter, np.empty(4, np.float32), "shape"), (rt.all_to_all, x.reshape(-1)[:8].reshape(2, 4), "shape"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            await call(x, out=bad)
+    memory = np.zeros((10, 2), np.float32)
+    for call, given, bad in ((rt.all_gather, memory[1:5], memory[:8]), (rt.all_to_all, memory[1:5], memory[:4])):
+        with pytest.raises(ValueError, match="overlaps x"):
+            await call(given, out=bad)
+    for root in (-1, -2, 2, 1 << 70):
+        with pytest.raises(ValueError, match="root"):
+            await rt.broadcast(x, root)
+    with pytest.raises(ValueError, match="op must be one of"):
+        await rt.sum_scatter(x, "Sum")
+
+
+@fronts
+def test_other_calls_that_look_alike_are_told_apart(front: str) -> None:
+    results(2, others_alike_but_not_the_same, front=front)
 
 
 async def many_shapes(rt: Any, group: Any, ctl: Any) -> None:
