@@ -6,6 +6,7 @@ May live here: the order of the conversation with the supervisors, and the table
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -191,10 +192,10 @@ class Hosts:
         for rank in self.ranks:
             rank.gone = True
 
-    def report(self) -> list[str]:
-        """Return a table of what is wrong where and what to do about it, in the order of the hosts."""
+    def report(self) -> list[Row]:
+        """Return what is wrong where and what to do about it, in the order of the hosts."""
         order = {link.crew.host.name: index for index, link in enumerate(self.links)}
-        return list(table(("host", "found", "what to do"), sorted(self._rows, key=lambda row: order[row[0]]))) if self._rows else []
+        return sorted(self._rows, key=lambda row: order[row[0]])
 
     def _start(self) -> None:
         for link, ground in zip(self.links, self._grounds, strict=True):
@@ -247,11 +248,17 @@ class Hosts:
             loop.wait(left)
 
 
-def table(head: Row, rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the lines of a table, its columns as wide as what is in them."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(2)]
-    for row in (head, *rows):
-        yield f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}"
+def table(rows: Sequence[Row]) -> str:
+    """Return what is wrong where for people: lines, the columns as wide as what is in them."""
+    rows = [("host", "found", "what to do"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}".rstrip() for row in rows)
+
+
+def as_json(failure: str, rows: Sequence[Row]) -> str:
+    """Return the same for programs."""
+    problems = [{"host": host, "found": found, "advice": advice} for host, found, advice in rows]
+    return json.dumps({"version": 1, "failure": failure, "problems": problems}, indent=2)
 
 
 def _explain_python(python: str, noise: bytes, code: int | None) -> tuple[str, str]:

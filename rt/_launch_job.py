@@ -28,7 +28,7 @@ from rt._forward import BACKLOG_BYTES, Sink, Stream
 from rt._frames import Kind
 from rt._launch_guard import Guard
 from rt._launch_handed import Handed
-from rt._launch_hosts import Hosts
+from rt._launch_hosts import Hosts, Row, as_json, table
 from rt._launch_input import Feed, Input
 from rt._launch_link import RemoteStream
 from rt._launch_loop import Loop
@@ -278,12 +278,15 @@ class Job:
         if hosts.ready and self._input is None:
             self._input = Input(0, hosts.feeds, self._grace, self._say)
         if hosts.failure and self._plan is None:
-            for line in hosts.report():
-                self._err.put(self, b"", f"{line.rstrip()}\n".encode(errors="surrogateescape"), finished=True)
+            self._show(hosts.failure, hosts.report())
         if hosts.failure or hosts.complaint:
             self._fail(2, hosts.failure or hosts.complaint)
         if ended := hosts.ended():
             self._take_ends(ended)
+
+    def _show(self, failure: str, rows: Sequence[Row]) -> None:
+        sink, text = (self._out, as_json(failure, rows)) if self._options.json else (self._err, table(rows))
+        sink.put(self, b"", f"{text}\n".encode(errors="surrogateescape"), finished=True)
 
     def _on_signals(self, numbers: set[int]) -> None:
         for number in numbers:

@@ -36,7 +36,8 @@ examples:
   rt.launch --hosts node1,node2 --sync-code . train.py     copy this folder to the same place on all hosts first (rsync)
 
 Hosts are names that your ssh knows, addresses, or localhost, which needs no ssh. All are looked at before anything is started: one table
-says what is wrong where. Ranks end with the connection: when it, the launcher or the network goes, they are gone within 5 seconds.
+says what is wrong where, on stderr; with --json it is an object on stdout. Ranks end with the connection: when it, the launcher or the
+network goes, they are gone within 5 seconds.
 
 Lines of the ranks are shown as "[rank] line", or "[rank host] line", stdout and stderr apart; a line without an end, such as a prompt, is
 shown after 50 ms.
@@ -65,6 +66,7 @@ class Options:
         backend: one of ``hostfile.BACKENDS``, "" if nobody chose one.
         starting_port: of the ring file or of jaccl's coordinator, None for free ones.
         travels: whether variables of some families go to other hosts.
+        json: whether hosts that are not ready are shown as JSON.
         prefix: one of ``PREFIXES``; auto stands for always unless there is one rank only.
         timeout: seconds, or None.
     """
@@ -80,6 +82,7 @@ class Options:
     travels: bool
     tty: bool
     sync_code: str | None
+    json: bool
     prefix: str
     cwd: str | None
     log_dir: str | None
@@ -130,6 +133,7 @@ def parse(argv: Sequence[str]) -> Options:
         travels=not found.no_env,
         tty=found.tty,
         sync_code=found.sync_code,
+        json=found.json,
         prefix=found.prefix,
         cwd=found.cwd,
         log_dir=found.log_dir,
@@ -184,6 +188,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     add("--log-dir", metavar="DIR", help="also write DIR/rankN.out and .err, without prefix; old files of these names are overwritten")
     add("--timeout", type=_seconds, metavar="SECONDS", help="end the job as failed, with exit code 124, if it takes longer")
     add("--dry-run", action="store_true", help="show the commands and variables in place of starting anything")
+    add("--json", action="store_true", help="hosts that are not ready: what was found there and what to do, as JSON on stdout")
     add("--print-python", action="store_true", help="show which interpreter would be used, and end")
     add("--verbose", action="store_true", help="say what is started, with which settings, and how it ended")
     return parser, [name for action in parser._actions if action.nargs is None for name in action.option_strings]

@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from rt._launch_hosts import table
+from rt._launch_hosts import as_json, table
 from rt._launch_job import Job
 from rt._launch_options import Options, parse
 from rt._launch_plan import dry_run, show_address
@@ -58,8 +58,9 @@ def _synced(folder: str, options: Options) -> bool:
     except KeyboardInterrupt:
         rows = [(folder, "stopped while copying", "copies may be incomplete")]
     if rows:
-        print(*table(("host", "found", "what to do"), rows), sep="\n", file=sys.stderr)
-        print(f"rt.launch: --sync-code {folder}: not copied everywhere, nothing was started", file=sys.stderr)
+        failure = f"--sync-code {folder}: not copied everywhere, nothing was started"
+        print(as_json(failure, rows) if options.json else table(rows), file=sys.stdout if options.json else sys.stderr)
+        print(f"rt.launch: {failure}", file=sys.stderr)
     return not rows
 
 

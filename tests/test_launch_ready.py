@@ -81,6 +81,30 @@ def test_what_is_missing_on_a_host(tmp_path: Path, arguments: list[str], found: 
     assert verdict == "rt.launch: nothing was started: the host is not ready"
 
 
+def test_the_same_for_programs(tmp_path: Path) -> None:
+    """stdout has what was found, in the order of the hosts, and stderr the verdict as ever; a job that starts has stdout for itself."""
+    with sshd.site(tmp_path, 2) as site:
+        hosts = ["host1", "no-such-name.invalid", "host0"]
+        done = launch(site, "--json", "no-such-program", hosts=hosts)
+        verdict = "nothing was started: 3 of 3 hosts are not ready"
+        assert (done.returncode, done.stderr) == (2, f"rt.launch: {verdict}\n")
+        found = json.loads(done.stdout)
+        assert (found["version"], found["failure"]) == (1, verdict)
+        assert [problem["host"] for problem in found["problems"]] == hosts
+        assert found["problems"][0] == {
+            "host": "host1",
+            "found": "program 'no-such-program' not found: not on PATH",
+            "advice": "install it there, or give its whole path",
+        }
+        assert found["problems"][1]["found"].startswith("ssh: Could not resolve hostname")
+        done = launch(site, "--json", "--sync-code", str(tmp_path), "true", hosts=["no-such-name.invalid", "host0"])
+        (problem,) = json.loads(done.stdout)["problems"]
+        assert (done.returncode, problem["host"]) == (2, "no-such-name.invalid") and done.stderr.startswith("rt.launch: --sync-code")
+        done = launch(site, "--json", "echo", "started")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert sorted(done.stdout.splitlines()) == ["[0 host0] started", "[1 host1] started"]
+
+
 def test_a_python_without_rt(tmp_path: Path) -> None:
     with sshd.site(tmp_path, 1) as site:
         base = os.path.realpath(sys.executable)
