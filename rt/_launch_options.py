@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rt import interfaces
 from rt.errors import ConfigError
 from rt.hostfile import BACKENDS, Host, Hostfile, check_variable, parse_hosts, read_hostfile, repeated
 
@@ -118,7 +119,9 @@ def parse(argv: Sequence[str]) -> Options:
             command = executable(command, found.python, found.cwd)
         elif not command:
             raise ValueError(_NO_PROGRAM)
-        environment = dict(check_variable(entry, "envs") for entry in hostfile.envs) | _iface(found.iface) | dict(found.env)
+        iface = interfaces.asked(found.iface, {})  # the variable goes along by itself
+        environment = dict(check_variable(entry, "envs") for entry in hostfile.envs)
+        environment |= ({interfaces.VARIABLE: iface.text} if iface else {}) | dict(found.env)
     except (ValueError, ConfigError) as error:
         parser.error(str(error))
     return Options(
@@ -267,15 +270,6 @@ def _check_rdma(hosts: Sequence[Host], *, ring: bool) -> None:
                 raise ValueError(f'{where}: "rdma"[{peer}]: found {device!r}, expected null: that is the host itself')
             if peer != rank and wanted and not device:
                 raise ValueError(f'{where}: "rdma"[{peer}]: found no device, expected the one that leads to {hosts[peer].ssh}')
-
-
-def _iface(option: str | None) -> dict[str, str]:
-    if option is None:
-        return {}
-    from rt import interfaces
-
-    interfaces.parse(option, "--iface")
-    return {interfaces.VARIABLE: option}
 
 
 def _checked_folder(folder: str | None) -> None:

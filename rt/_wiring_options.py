@@ -6,7 +6,6 @@ May live here: options and their help. May not: asking hosts, decisions about ca
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,7 +77,7 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error(f"--facts and {'--auto-setup' if found.auto_setup else '--save-facts'}: found both, but --facts touches no host")
     try:
         hosts = _hosts(found.hosts, found.hostfile, found.facts)
-        iface = _iface(found.iface)
+        iface = interfaces.asked(found.iface)
         for entry in found.env:
             check_variable(entry, "--env")
     except ConfigError as error:
@@ -111,12 +110,6 @@ def _hosts(listed: str | None, file: str | None, facts: str | None) -> Hostfile 
     named = read_hostfile(file) if file is not None else Hostfile(parse_hosts("127.0.0.1" if listed is None else listed))
     once = {host.ssh: host for host in named.hosts}
     return Hostfile(tuple(once.values()), named.backend, named.envs)
-
-
-def _iface(option: str | None) -> interfaces.Choice | None:
-    if option is not None:
-        return interfaces.parse(option, "--iface")
-    return interfaces.parse(os.environ[interfaces.VARIABLE]) if interfaces.VARIABLE in os.environ else None
 
 
 def _parser() -> argparse.ArgumentParser:

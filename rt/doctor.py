@@ -7,7 +7,6 @@ May live here: the command line, and the way from it to an exit code. May not: t
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -46,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.job is not None:
         return _ask(options.job, options.json)
     try:
-        choice = interfaces.parse(options.iface, "--iface") if options.iface else None
-        return _examine(_hosts(options), options.python, choice, options.json)
+        return _examine(_hosts(options), options.python, interfaces.asked(options.iface), options.json)
     except ConfigError as error:
         parser.error(str(error))
 
@@ -66,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--job", nargs="?", const="", metavar="ID", help="what does each rank of a job do that runs here? ID: which job")
     add = parser.add_argument
     add("--python", default=sys.executable, metavar="PY", help="interpreter on the hosts (default: the path of this one)")
-    add("--iface", default=os.environ.get(interfaces.VARIABLE), metavar="LIST", help=f"which interfaces to use, as {interfaces.VARIABLE}")
+    add("--iface", metavar="LIST", help=f"which interfaces to use, as {interfaces.VARIABLE} (default: what that says)")
     add("--json", action="store_true", help="print everything that was seen as JSON")
     return parser
 

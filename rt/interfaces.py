@@ -15,7 +15,8 @@ The syntax is that of ``NCCL_SOCKET_IFNAME`` (NCCL's user guide, environment var
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rt.errors import ConfigError
@@ -81,6 +82,17 @@ class Choice:
     def prefers(self, host: str) -> bool:
         """Whether an address lies in one of the networks."""
         return any(not isinstance(entry, str) and ipaddress.ip_address(host) in entry for entry in self.entries)
+
+
+def asked(option: str | None, environ: Mapping[str, str] = os.environ) -> Choice | None:
+    """Read what a command line says (``--iface``), else the variable; None where neither does. An empty variable is unset, as for NCCL.
+
+    Raises:
+        ConfigError: see :func:`parse`; it names the one that was read.
+    """
+    if option is not None:
+        return parse(option, "--iface")
+    return parse(environ[VARIABLE]) if environ.get(VARIABLE) else None
 
 
 def parse(text: str, where: str = VARIABLE) -> Choice:

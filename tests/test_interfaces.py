@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rt import config
 from rt.errors import ConfigError
-from rt.interfaces import Interface, choose, listing, parse
+from rt.interfaces import VARIABLE, Interface, asked, choose, listing, parse
 
 LO = Interface("lo", ("127.0.0.1/8", "::1/128"), 65536, loopback=True)
 ETH0 = Interface("eth0", ("10.0.0.1/24", "fe80::1/64", "fd00::1/64"), 1500)
@@ -145,3 +145,12 @@ def test_the_variable_in_the_configuration() -> None:
     assert found("") is None  # as NCCL reads it
     with pytest.raises(ConfigError, match="RT_SOCKET_IFNAME: found an empty entry in 'eth0,,'"):
         found("eth0,,")
+
+
+def test_a_command_line_wins_over_the_variable_and_an_empty_variable_says_nothing() -> None:
+    assert asked("=a", {VARIABLE: "=b"}) == parse("=a")
+    assert asked(None, {VARIABLE: "=b"}) == parse("=b")
+    assert asked(None, {VARIABLE: ""}) is None and asked(None, {}) is None
+    for option, environ, named in (("", {}, "--iface"), (None, {VARIABLE: "a,,b"}, VARIABLE)):
+        with pytest.raises(ConfigError, match=f"^{named}: found an empty entry"):
+            asked(option, environ)
