@@ -1,26 +1,28 @@
 """``rt.doctor --job``: what every rank of a running job is doing, and one sentence on who holds it up.
 
-May live here: finding the jobs of this host, asking one rank of each, the verdict, the table. May not: what a rank says (``_status``).
+May live here: joining what the ranks of one host or many have answered, the verdict, the table. May not: how they are asked (``_doors``),
+what a rank says (``_status``).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from rt._status import PREFIX, Facts, user_of
+from rt import _doors
+from rt._doctor_probes import RemoteProbe, Silent
+from rt._doors import Facts
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_ANSWER_SECONDS = 4.0
+_HOST_SECONDS = 30.0  # more than ``_doors`` takes to knock at all of a host
 _SILENT = "did not answer: stopped, or busy in C code, or not to be reached"
-_NAME = re.compile(rf"@({PREFIX}/([0-9a-f]+)/(\d+)/[0-9a-f]+)$", re.M)
+Answers = dict[str, dict[int, Facts]]  # per job and rank
 
 
 @dataclass(frozen=True)
@@ -44,67 +46,56 @@ class JobReport:
     verdict: str = ""
 
 
-def doors(listing: str) -> dict[str, dict[int, list[str]]]:
-    """Return from the text of ``/proc/net/unix`` the names behind which ranks can be asked, per job and rank."""
-    found: dict[str, dict[int, list[str]]] = {}
-    for name, job, rank in _NAME.findall(listing):
-        found.setdefault(job, {}).setdefault(int(rank), []).append(name)
-    return found
+def here(wanted: str = "") -> Answers:
+    """Ask every job of this host and user, or those whose identity begins with ``wanted``. OSError: this system has no doors."""
+    return _doors.ask(wanted)
 
 
-def jobs(wanted: str = "") -> list[JobReport]:
-    """Ask every job of this host and user, or those whose identity begins with ``wanted``."""
-    with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
-        found = doors(file.read())
-    reports = [_ask_job(job, ranks) for job, ranks in sorted(found.items()) if job.startswith(wanted)]
-    return [report for report in reports if report is not None]
+def on_hosts(probes: Sequence[RemoteProbe], wanted: str = "") -> tuple[list[Answers], dict[str, tuple[str, str]]]:
+    """Ask the jobs of several hosts at once.
+
+    Returns:
+        What the ranks of each host answered; and per host that could not be asked what was found and what to do.
+    """
+    with ThreadPoolExecutor(max_workers=len(probes)) as threads:
+        told = list(threads.map(lambda probe: _on_host(probe, wanted), probes))
+    unasked = {probe.host.ssh: each for probe, each in zip(probes, told, strict=True) if isinstance(each, tuple)}
+    return [each for each in told if not isinstance(each, tuple)], unasked
 
 
-def _ask_job(job: str, ranks: dict[int, list[str]]) -> JobReport | None:
-    """Ask rank by rank until one speaks for all; ranks that have not met yet can speak for themselves only."""
-    alone: dict[int, Facts] = {}
-    silent: list[int] = []
-    for rank, names in sorted(ranks.items()):
-        answer = next(filter(None, map(_knock, names)), None)
-        if answer is None:
-            silent.append(rank)
-        elif answer.get("formed"):
-            gone = {int(each): how for each, how in answer["gone"].items()}
-            report = JobReport(job, answer["size"], answer["ranks"], gone, {})
-            return replace(report, verdict=verdict(report))
-        elif answer:
-            alone[rank] = answer
-    if not alone and all(not _ours(name) for names in ranks.values() for name in names):
-        return None
-    size = max((each["size"] for each in alone.values()), default=max(ranks) + 1)
+def _on_host(probe: RemoteProbe, wanted: str) -> Answers | tuple[str, str]:
+    try:
+        probe.start()
+        said = probe.ask("jobs", _HOST_SECONDS, wanted=wanted)
+    except Silent as silence:
+        return str(silence), silence.advice
+    finally:
+        probe.end()
+    if "jobs" not in said:
+        return f"found {said['no_doors']}, expected Linux: only there a rank has a door that leaves nothing behind", ""
+    return {job: {int(rank): answer for rank, answer in ranks.items()} for job, ranks in said["jobs"].items()}
+
+
+def reports(hosts: Sequence[Answers]) -> list[JobReport]:
+    """Join what was answered on each host, a report per job."""
+    names = sorted({job for host in hosts for job in host})
+    return [_report(job, [host[job] for host in hosts if job in host]) for job in names]
+
+
+def _report(job: str, hosts: Sequence[dict[int, Facts]]) -> JobReport:
+    """Ranks that have not met yet speak for themselves only; one that has speaks for all it can reach, so that several know most."""
+    answers = {rank: answer for host in hosts for rank, answer in host.items()}
+    formed = [answer for answer in answers.values() if answer.get("formed")]
+    if formed:
+        ranks = [next(filter(None, seen), None) for seen in zip(*(each["ranks"] for each in formed), strict=True)]
+        gone = {int(rank): how for each in formed for rank, how in each["gone"].items()}
+        report = JobReport(job, formed[0]["size"], ranks, gone, {})
+        return replace(report, verdict=verdict(report))
+    alone = {rank: answer for rank, answer in answers.items() if answer}
+    silent = sorted(answers.keys() - alone.keys())
+    size = max((each["size"] for each in alone.values()), default=max(answers) + 1)
     report = JobReport(job, size, [alone.get(rank) for rank in range(size)], {}, {rank: each["missing"] for rank, each in alone.items()})
     return replace(report, verdict=_forming(report, silent))
-
-
-def _knock(name: str) -> Facts | None:
-    """Return what a rank answers, None where nothing comes."""
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(_ANSWER_SECONDS)
-            sock.connect(f"\0{name}")
-            if os.geteuid() not in (0, user_of(sock)):
-                return None
-            pieces = []
-            while piece := sock.recv(1 << 16):
-                pieces.append(piece)
-        return dict(json.loads(b"".join(pieces)))
-    except (OSError, ValueError):
-        return None
-
-
-def _ours(name: str) -> bool:
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(_ANSWER_SECONDS)
-            sock.connect(f"\0{name}")
-            return os.geteuid() in (0, user_of(sock))
-    except OSError:
-        return False
 
 
 # --- the verdict -----------------------------------------------------------------------------------------------------------------------
@@ -199,9 +190,10 @@ def _have(ranks: Sequence[int]) -> str:
 # --- showing ---------------------------------------------------------------------------------------------------------------------------
 
 
-def as_json(reports: Sequence[JobReport]) -> str:
-    """Return everything that the ranks said."""
-    return json.dumps({"version": 1, "jobs": [asdict(report) for report in reports]}, indent=2)
+def as_json(reports: Sequence[JobReport], unasked: Mapping[str, tuple[str, str]]) -> str:
+    """Return everything that the ranks said, and which hosts could not be asked."""
+    problems = [{"host": host, "found": found, "advice": advice} for host, (found, advice) in unasked.items()]
+    return json.dumps({"version": 1, "jobs": [asdict(report) for report in reports], "problems": problems}, indent=2)
 
 
 def show(console: Console, reports: Sequence[JobReport]) -> None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import rt._doors
 import rt._probe
 import rt.errors
 import rt.interfaces
@@ -28,6 +29,7 @@ START_SECONDS = 15.0
 _END_SECONDS = 2.0
 _OLDEST = (3, 11)
 
+_SENT = (rt.errors, rt.interfaces, rt._doors, rt._probe)  # in the order in which they import each other
 _FIRST = "import sys,json;exec(json.loads(sys.stdin.buffer.readline()))"
 _LOADER = """\
 import types
@@ -88,7 +90,7 @@ class RemoteProbe:
         if version < _OLDEST:
             found = ".".join(map(str, version))
             raise Silent(f"{self._python} is Python {found}; rt needs {_OLDEST[0]}.{_OLDEST[1]}", "name another with --python")
-        self._write(json.dumps([["rt", ""], *([module.__name__, _source(module)] for module in (rt.errors, rt.interfaces, rt._probe))]))
+        self._write(json.dumps([["rt", ""], *([module.__name__, _source(module)] for module in _SENT)]))
 
     def ask(self, do: str, seconds: float, **arguments: Any) -> dict[str, Any]:
         """Return the answer to one request. Raises Silent: none came within ``seconds``, or the probe could not."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from transports.relay import shorter_way
 
 if TYPE_CHECKING:
-    from rt._status import Facts
+    from rt._doors import Facts
 
 ASK, TELL = 8, 9  # frame types on control connections
 WAIT_SECONDS = 1.5

@@ -1,7 +1,8 @@
 """What ``rt.doctor`` runs on each host: it tells what the host is like, and measures the way to others.
 
-May live here: what must happen on that host. May not: judgement (``_doctor_findings``); of ``rt`` anything but ``rt.interfaces`` and the
-errors, which are sent along with this file (``_doctor_probes``): a host may have no ``rt``, or another version, which is to be found out.
+May live here: what must happen on that host. May not: judgement (``_doctor_findings``, ``_doctor_job``); of ``rt`` anything but
+``rt.interfaces``, ``rt._doors`` and the errors, which are sent along with this file (``_doctor_probes``): a host may have no ``rt``, or
+another version, which is to be found out.
 
 Requests come as lines of JSON on stdin, ``{"do": name, ...}``; each gets one line on stdout. The end of stdin ends it. Connections of other
 probes prove that they are meant by a token, which came on stdin too; nothing else is answered.
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from rt import _doors
 from rt.interfaces import listing
 
 _CONNECT_SECONDS = 4.0  # TCP asks again after one second and after three
@@ -56,6 +58,7 @@ class Probe:
             "listen": self.listen,
             "touch": self.touch,
             "stream": self.stream,
+            "jobs": jobs,
         }
         return actions[do](**arguments)
 
@@ -209,6 +212,13 @@ def _wireless_of_macos() -> list[str]:
 def clock() -> Answer:
     """Return this host's time, in seconds since 1970."""
     return {"clock": time.time()}
+
+
+def jobs(wanted: str) -> Answer:
+    """Return what the ranks of this host's jobs say."""
+    if not _doors.SUPPORTED:
+        return {"no_doors": platform.system()}
+    return {"jobs": _doors.ask(wanted)}
 
 
 def route(address: str) -> Answer:

@@ -1,20 +1,17 @@
 """What a rank says when ``rt.doctor --job`` asks what it is doing.
 
-May live here: the door at which the doctor knocks, and what one rank knows about itself. May not: passing questions on to other ranks
-(``rt.control``), judgement (``_doctor_job``).
+May live here: opening the door at which the doctor knocks, and what one rank knows about itself. May not: knocking (``_doors``), passing
+questions on to other ranks (``rt.control``), judgement (``_doctor_job``).
 
-The door is a Unix socket with an abstract name, which goes with the process however that ends, and costs nothing while nobody knocks. Only
-the same user, or root, is answered: the kernel says who it is.
+The door costs nothing while nobody knocks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import socket
-import struct
 import sys
 import threading
 import time
@@ -23,21 +20,16 @@ from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rt import _fastpath
+from rt import _doors, _fastpath
+from rt._doors import Facts
 from rt.aio import Work
 
 if TYPE_CHECKING:
     from rt.world import World
 
-SUPPORTED = sys.platform == "linux"  # nobody else has names that vanish
-PREFIX = "rt-job"
 _QUESTION_SECONDS = 5.0
-_CREDENTIALS = struct.Struct("3i")  # process, user, group
 _CALLS_MOST = 20
 _OWN_FOLDERS = tuple(os.path.dirname(os.path.abspath(each)) + os.sep for each in (__file__, asyncio.__file__, threading.__file__))
-_log = logging.getLogger("rt")
-
-Facts = dict[str, Any]
 
 
 class Door:
@@ -55,8 +47,7 @@ class Door:
         self._answer = answer
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.setblocking(False)
-        # Not the process' number in the name: that of another container may be the same.
-        self._listener.bind(f"\0{PREFIX}/{job[:8]}/{rank}/{os.urandom(4).hex()}")
+        self._listener.bind("\0" + _doors.new_name(job, rank))
         self._listener.listen(4)
         self._tasks = {loop.create_task(self._open())}
 
@@ -78,16 +69,10 @@ class Door:
 
     async def _serve(self, sock: socket.socket) -> None:
         with sock, suppress(OSError, TimeoutError):
-            if user_of(sock) in (os.geteuid(), 0):
+            if _doors.user_of(sock) in (os.geteuid(), 0):
                 answer = await self._answer()
                 async with asyncio.timeout(_QUESTION_SECONDS):
                     await self._loop.sock_sendall(sock, json.dumps(answer).encode())
-
-
-def user_of(sock: socket.socket) -> int:
-    """Return the user at the other end of a connected Unix socket."""
-    found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(found)[1])
 
 
 def process() -> Facts:

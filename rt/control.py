@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from rt import _status
+from rt import _doors, _status
 from rt._inquiry import ASK, TELL, Inquiry
 from rt.blame import Judge, Report, Verdict
 from rt.bootstrap import Wiring, bootstrap
@@ -62,7 +62,7 @@ class Control:
         on_verdict: Callable[[Verdict], None],
         on_bye: Callable[[int], None] | None,
         on_relay_wake: Callable[[int], None] | None,
-        on_ask: Callable[[], _status.Facts] | None,
+        on_ask: Callable[[], _doors.Facts] | None,
         reachable: Callable[[int, int], bool] | None,
     ) -> None:
         self.ready: concurrent.futures.Future[Wiring] = concurrent.futures.Future()
@@ -100,7 +100,7 @@ class Control:
         on_verdict: Callable[[Verdict], None],
         on_bye: Callable[[int], None] | None = None,
         on_relay_wake: Callable[[int], None] | None = None,
-        on_ask: Callable[[], _status.Facts] | None = None,
+        on_ask: Callable[[], _doors.Facts] | None = None,
         reachable: Callable[[int, int], bool] | None = None,
     ) -> Control:
         """Start the thread and return at once.
@@ -166,7 +166,7 @@ class Control:
             runner.run(self._main())
 
     async def _main(self) -> None:
-        if _status.SUPPORTED:
+        if _doors.SUPPORTED:
             try:
                 self._door = _status.Door(self._loop, self._config.job, self._rank, self._what_we_do)
             except OSError as error:  # no more descriptors; the group must not depend on it
@@ -218,9 +218,9 @@ class Control:
     def _on_begin(self, missing: Callable[[], list[str]]) -> None:
         self._missing = missing
 
-    async def _what_we_do(self) -> _status.Facts:
+    async def _what_we_do(self) -> _doors.Facts:
         """What all ranks of the group are doing, as far as they say so; before there is a group, what this one waits for."""
-        found: _status.Facts = {"size": self._config.size, "rank": self._rank, "formed": bool(self._peers)}
+        found: _doors.Facts = {"size": self._config.size, "rank": self._rank, "formed": bool(self._peers)}
         if not self._peers:
             return {**found, **_status.process(), "missing": self._missing()}
         gone = {rank: "left" for rank in self._left} | {rank: "lost" for rank in self._lost}

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rt import _doctor_job, _status, interfaces
+from rt import _doctor_job, _doors, interfaces
 from rt._doctor_findings import judge
 from rt._doctor_network import Examination
 from rt._doctor_probes import RemoteProbe
@@ -22,7 +22,8 @@ _DESCRIPTION = """\
 Answer two questions: why is it slow (or does not even connect), and why is it stuck?
 
 With --hostfile or --hosts, it goes to every host by ssh, looks at versions, clocks, interfaces and addresses, then connects each host to
-each other one, and measures latency and bandwidth of every pair. With --job it asks the ranks of a job on this host what they are doing."""
+each other one, and measures latency and bandwidth of every pair. With --job it asks the ranks of a job what they are doing instead: those
+on the hosts that are named, by ssh, else those on this host. Ranks that have met speak for each other, so one host of the job is enough."""
 
 _EXAMPLES = """\
 examples:
@@ -30,21 +31,24 @@ examples:
   rt.doctor --hosts node1,node2,user@node3      by name
   rt.doctor --hosts a,b --iface eth1            at other interfaces than ssh's: as RT_SOCKET_IFNAME
   rt.doctor --hostfile hosts.json --json        all that was seen, for a program or a bug report
-  rt.doctor --job                               what does each rank wait for?
+  rt.doctor --job                               what does each rank wait for? On a host of the job, as its user
+  rt.doctor --hostfile hosts.json --job         the same from anywhere
 
 Nothing needs to run on the hosts but sshd and Python; nothing is left there. Pairs are measured in rounds that do not disturb each other:
 about two seconds per host.
 
-exit code: 0 if nothing is wrong, 1 if something was found, 2 if the command line is wrong."""
+exit code: 0 if nothing is wrong, or a job was found; 1 if something was found, or no job; 2 if the command line is wrong."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the doctor and return its exit code; wrong usage raises SystemExit(2)."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.job is not None:
-        return _ask(options.job, options.json)
+    if options.job is None and options.hosts is None and options.hostfile is None:
+        parser.error("one of the arguments --hostfile --hosts --job is required")
     try:
+        if options.job is not None:
+            return _ask(options)
         return _examine(_hosts(options), options.python, interfaces.asked(options.iface), options.json)
     except ConfigError as error:
         parser.error(str(error))
@@ -58,11 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--hostfile", metavar="F.json", help="the hosts to look at, as rt.launch takes them")
-    what.add_argument("--hosts", metavar="A,B", help="the hosts to look at, by name or address")
-    what.add_argument("--job", nargs="?", const="", metavar="ID", help="what does each rank of a job do that runs here? ID: which job")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", metavar="F.json", help="the hosts to look at, as rt.launch takes them")
+    where.add_argument("--hosts", metavar="A,B", help="the hosts to look at, by name or address")
     add = parser.add_argument
+    add("--job", nargs="?", const="", metavar="ID", help="what does each rank of a job do that runs there, or here? ID: which job")
     add("--python", default=sys.executable, metavar="PY", help="interpreter on the hosts (default: the path of this one)")
     add("--iface", metavar="LIST", help=f"which interfaces to use, as {interfaces.VARIABLE} (default: what that says)")
     add("--json", action="store_true", help="print everything that was seen as JSON")
@@ -88,19 +92,29 @@ def _examine(hosts: Sequence[Host], python: str, choice: interfaces.Choice | Non
     return 1 if findings else 0
 
 
-def _ask(wanted: str, as_text: bool) -> int:
-    if not _status.SUPPORTED:
-        _say("--job: found no Linux, expected one: only there a rank has a door that leaves nothing behind")
+def _ask(options: argparse.Namespace) -> int:
+    hosts = _hosts(options) if options.hosts or options.hostfile else []
+    unasked: dict[str, tuple[str, str]] = {}
+    if hosts:
+        where = ", ".join(host.name for host in hosts)
+        _say(f"asking {where}")
+        answers, unasked = _doctor_job.on_hosts([RemoteProbe(host, options.python) for host in hosts], options.job)
+    elif not _doors.SUPPORTED:
+        _say("--job: found no Linux, expected one: only there a rank has a door that leaves nothing behind; or name the job's --hosts")
         return 2
-    reports = _doctor_job.jobs(wanted)
-    if as_text:
-        print(_doctor_job.as_json(reports))
+    else:
+        answers, where = [_doctor_job.here(options.job)], "this host"
+    reports = _doctor_job.reports(answers)
+    for host, (found, advice) in unasked.items():
+        _say(f"{host}: {found}" + (f": {advice}" if advice else ""))
+    if options.json:
+        print(_doctor_job.as_json(reports, unasked))
     elif reports:
         from rich.console import Console
 
         _doctor_job.show(Console(), reports)
     if not reports:
-        _say(f"no job of yours {f'whose identity begins with {wanted} ' if wanted else ''}has a rank on this host")
+        _say(f"no job of yours {f'whose identity begins with {options.job} ' if options.job else ''}has a rank on {where}")
     return 0 if reports else 1
 
 

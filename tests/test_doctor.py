@@ -252,7 +252,8 @@ def test_this_host_alone() -> None:
     ("words", "said"),
     [
         ((), "one of the arguments --hostfile --hosts --job is required"),
-        (("--hosts", "a", "--job"), "not allowed with argument"),
+        (("--hosts", "a", "--hostfile", "F"), "not allowed with argument"),
+        (("--hosts", "a,,b", "--job"), "entry [1] of 'a,,b'"),
         (("--hostfile", "/nowhere.json"), "hostfile /nowhere.json: found 'No such file or directory', expected a JSON list of hosts"),
         (("--hosts", "a,,b"), "entry [1] of 'a,,b'"),
         (("--hosts", "a", "--iface", "eth0,"), "--iface: found an empty entry in 'eth0,', expected names or networks"),

@@ -5,10 +5,12 @@ May live here: ranks that hang, the doctor beside them, its verdict as a functio
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,8 +26,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import FRONTS, Ranks, succeeded
 
-from rt import _doctor_job
-from rt._doctor_job import JobReport, doors, verdict
+from rt import _doctor_job, _doors
+from rt._doctor_job import JobReport, verdict
+from rt._doors import listed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the doors of ranks are abstract Unix sockets")
 _NOT_YET: dict[str, Any] = {"ranks": [None] * 9, "verdict": "", "size": 0}
@@ -60,7 +63,12 @@ def told(job: dict[str, Any]) -> bool:
 
 
 def calling(*numbers: int) -> Callable[[dict[str, Any]], bool]:
-    return lambda job: all(job["ranks"][rank] and job["ranks"][rank].get("calls") for rank in numbers)
+    """Whether these ranks are in calls, and sleep there."""
+
+    def sleeping(rank: dict[str, Any] | None) -> bool:
+        return bool(rank and rank.get("calls")) and all(call["seconds"] is not None for call in rank["calls"])
+
+    return lambda job: all(sleeping(job["ranks"][number]) for number in numbers)
 
 
 # --- real jobs ------------------------------------------------------------------------------------------------------------------------
@@ -113,6 +121,19 @@ def test_a_rank_that_is_stopped_is_named() -> None:
         assert succeeded(ranks.wait(PATIENCE)) == [12.0] * 3
 
 
+def test_a_rank_at_whose_door_too_many_wait_is_there_all_the_same() -> None:
+    """It is stopped, and was asked often before."""
+    with socket.socket(socket.AF_UNIX) as door, contextlib.ExitStack() as waiting:
+        door.bind("\0" + _doors.new_name("0123456789", 3))
+        door.listen(0)
+        with pytest.raises(BlockingIOError):
+            while True:
+                knocking = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                knocking.setblocking(False)
+                knocking.connect(door.getsockname())
+        assert _doors.ask("01234567") == {"01234567": {3: {}}}
+
+
 async def never_called(rt: Any, group: Any, ctl: Any) -> None:
     ctl.hear()
 
@@ -156,10 +177,10 @@ def test_nothing_is_left_of_a_rank_that_was_killed_also_while_a_child_of_it_live
         children = [ranks.hear(rank) for rank in range(2)]
         try:
             job = until(ranks, told)["job"]
-            assert sorted(doors(Path("/proc/net/unix").read_text())[job]) == [0, 1]
+            assert sorted(listed(Path("/proc/net/unix").read_text())[job]) == [0, 1]
             os.kill(ranks.processes[0].pid, signal.SIGKILL)
             ranks.processes[0].wait()
-            assert 0 not in doors(Path("/proc/net/unix").read_text()).get(job, {})
+            assert 0 not in listed(Path("/proc/net/unix").read_text()).get(job, {})
         finally:
             for child in children:
                 os.kill(child, signal.SIGKILL)
@@ -169,7 +190,7 @@ def test_nothing_is_left_of_a_rank_that_was_killed_also_while_a_child_of_it_live
 def test_another_user_is_told_nothing() -> None:
     with Ranks(2, never_called) as ranks:
         job = until(ranks, told)["job"]
-        (name,) = doors(Path("/proc/net/unix").read_text())[job][0]
+        (name,) = listed(Path("/proc/net/unix").read_text())[job][0]
         asked = "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); "
         asked += "s.connect('\\0' + sys.argv[1]); print(len(s.recv(9)))"
         answers = [subprocess.run([sys.executable, "-c", text, name], capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
