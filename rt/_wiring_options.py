@@ -42,8 +42,10 @@ one network are kept; else it gets a private network that no host uses or has a 
 
 stdout holds the hostfile (without --output), the graph (--dot) or the report (--json), and nothing else; all words for people go to stderr.
 
-exit code: 0 if all was done that was asked for; 1 if a host was not reached, the cables do not allow it or a set-up failed or is left to
-you after --auto-setup; 2 if the command line is wrong."""
+After --auto-setup the hosts ping each other over every cable; one that does not answer is named, and the hostfile written all the same.
+
+exit code: 0 if all was done that was asked for; 1 if a host was not reached, the cables do not allow it, a set-up failed or is left to
+you after --auto-setup, or a cable did not answer after it; 2 if the command line is wrong."""
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,15 @@ def tables(machines: Sequence[Machine], segments: Sequence[Segment], wires: Sequ
     networks = {wire.segment: f"{wire.addresses[0].network}{' (new)' if wire.fresh else ''}" for wire in wires}
     cables = [["cable", "speed", "network", ""]]
     for segment in segments:
-        ends = " - ".join(f"{machines[port.host].ssh} {port.name}" for port in segment.ports)
         state = segment.fault or ("not heard, by its addresses" if segment.guessed else "")
-        cables.append([ends, speed(segment.speed) or "-", networks.get(segment, "-"), f"broken: {state}" if segment.fault else state])
+        state = f"broken: {state}" if segment.fault else state
+        cables.append([ends(segment, machines), speed(segment.speed) or "-", networks.get(segment, "-"), state])
     return "\n".join([_columns(ports), "", _columns(cables)])
+
+
+def ends(segment: Segment, machines: Sequence[Machine]) -> str:
+    """Name the ports of a cable: ``m1 en2 - m2 en3``."""
+    return " - ".join(f"{machines[port.host].ssh} {port.name}" for port in segment.ports)
 
 
 def _port_row(port: Port) -> list[str]:
@@ -63,18 +68,19 @@ def report(
     segments: Sequence[Segment],
     layout: Layout,
     wires: Sequence[Wire],
+    reached: Mapping[Segment, str],
     setup: Mapping[str, Sequence[str]],
     hostfile: Hostfile,
     remarks: Sequence[str],
 ) -> dict[str, Any]:
-    """Return everything as JSON has it; speeds in Gbit/s, 0 where unknown."""
+    """Return everything as JSON has it; speeds in Gbit/s, 0 where unknown; ``unreached`` null where it was not tried."""
     networks = {wire.segment: wire for wire in wires}
     return {
         "over": layout.over,
         "backend": layout.backend,
         "ways": layout.ways,
         "hosts": [_machine(machine) for machine in machines],
-        "cables": [_cable(segment, machines, networks.get(segment)) for segment in segments],
+        "cables": [_cable(segment, machines, networks.get(segment)) | {"unreached": reached.get(segment)} for segment in segments],
         "setup": setup,
         "remarks": list(remarks),
         "hostfile": {

@@ -2,7 +2,8 @@
 
 May live here: the way from a command line to an exit code, in outline, and all that touches hosts and files. May not: the parts. Hosts are
 asked in ``_wiring_facts``' words, understood by ``_wiring_macos`` and ``_wiring_linux``, joined by ``_wiring_segments``; ``_wiring_choose``
-decides, ``_wiring_plan`` gives addresses, ``_wiring_commands`` says how; what is shown is in ``_wiring_draw`` and ``_wiring_report``.
+decides, ``_wiring_plan`` gives addresses, ``_wiring_commands`` says how, ``_wiring_reach`` tries them; what is shown is in ``_wiring_draw``
+and ``_wiring_report``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import replace
 from rt import _wiring_choose as choosing
 from rt import _wiring_draw as draw
 from rt import _wiring_facts as facts
-from rt import _wiring_linux, _wiring_macos, _wiring_report
+from rt import _wiring_linux, _wiring_macos, _wiring_reach, _wiring_report
 from rt._ssh import FAILED, Answer, ask, explain
 from rt._wiring_choose import Layout
 from rt._wiring_commands import commands, not_kept
@@ -94,6 +95,7 @@ def _write(options: Options, machines: Sequence[Machine], shown: Sequence[Segmen
         _say(_wiring_report.tables(machines, shown, wires))
     setup = {machine.ssh: commands(machine, wires, options.persist) for machine in machines}
     done = _set_up(options, machines, setup)
+    reached = _try(machines, wires, setup) if options.auto_setup else {}
     hostfile = Hostfile(_hosts(machines, layout, wires), layout.backend, (*(options.hosts.envs if options.hosts else ()), *options.envs))
     text = show_hostfile(hostfile)
     if options.output:
@@ -102,10 +104,10 @@ def _write(options: Options, machines: Sequence[Machine], shown: Sequence[Segmen
         _say(f"wrote {options.output}: rt.launch --hostfile {options.output} program.py")
     if options.json:
         remarks = [*_remarks(machines, shown), *layout.remarks]
-        print(json.dumps(_wiring_report.report(machines, shown, layout, wires, setup, hostfile, remarks), indent=2))
+        print(json.dumps(_wiring_report.report(machines, shown, layout, wires, reached, setup, hostfile, remarks), indent=2))
     elif not options.output and not options.dot:
         print(text, end="")
-    return 0 if done else 1
+    return 0 if done and not any(reached.values()) else 1
 
 
 # --- asking ------------------------------------------------------------------------------------------------------------------------------
@@ -227,6 +229,31 @@ def _why_not(answer: Answer) -> str:
         return _why(answer)
     lines = answer.err.decode(errors="replace").strip().splitlines()
     return f"a command ended with {answer.code}: {lines[-1] if lines else 'it said nothing'}"
+
+
+def _try(machines: Sequence[Machine], wires: Sequence[Wire], setup: dict[str, list[str]]) -> dict[Segment, str]:
+    """Have the hosts that are set up ping each other over every cable; return per cable that was tried what is wrong, "" if nothing is."""
+    ready = [machine for machine in machines if machine.sudo or not setup[machine.ssh]]
+    scripts = {machine.ssh: text for machine in ready if (text := _wiring_reach.script(machine, wires, ready))}
+    trying = [machine for machine in ready if machine.ssh in scripts]
+    if not trying:
+        return {}
+    _say("trying the cables")
+    answers = ask([Host(machine.ssh) for machine in trying], lambda host: ["sh", "-c", scripts[host.ssh]], timeout=_SECONDS)
+    said = {machine.index: answer.out.decode(errors="replace") for machine, answer in zip(trying, answers, strict=True) if answer.code == 0}
+    reached = _wiring_reach.judge(machines, wires, said)
+    for answer in answers:
+        if answer.code != 0:
+            _say(f"{answer.host.ssh}: its cables could not be tried: {_why(answer)}")
+    untried = [wire.segment for wire in wires if wire.segment not in reached]
+    for segment in untried:
+        _say(f"not tried, as no end has a ping or is set up: {_wiring_report.ends(segment, machines)}")
+    for fault in filter(None, reached.values()):
+        _say(f"no way through: {fault}: is it the cable, a firewall, or another interface with an address in that network?")
+    good = sum(not fault for fault in reached.values())
+    if good:
+        _say(f"tried: {good} of {len(wires)} cable{'s' * (len(wires) != 1)} answer{'s' * (good == 1)} at both ends")
+    return reached
 
 
 # --- the hostfile ------------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class Mac:
         rdma: whether `rdma_ctl enable` was done.
         sudo: whether it asks for no password.
         speed: of its cables.
+        silent: addresses that do not answer its pings.
         extra: more lines of ifconfig and netstat, such as a VPN's.
     """
 
@@ -42,6 +43,7 @@ class Mac:
     rdma: bool = True
     sudo: bool = True
     speed: str = "Up to 80 Gb/s"
+    silent: Sequence[str] = ()
     extra_ifconfig: str = ""
     extra_routes: str = ""
 
@@ -164,6 +166,8 @@ def stand_ins(folder: Path, mac: Mac) -> Path:
         executable(folder / tool, f"cat '{folder}/{tool}.txt'; exit {code}")
     (folder / "ifconfig.txt").write_text(tools["ifconfig"][1])
     executable(folder / "ifconfig", f"cat '{folder}/ifconfig.txt'")
+    (folder / "silent").write_text("".join(f"{address}\n" for address in mac.silent))
+    executable(folder / "ping", f'echo "$*" >> "{folder}/pinged"; for last; do :; done; ! grep -qx "$last" "{folder}/silent"')
     # What sudo runs changes nothing here: it is noted.
     refuse = "echo 'sudo: a password is required' >&2; exit 1"
     note = f'[ "$1" = -n ] || echo "$*" >> "{folder}/done"'

@@ -94,6 +94,7 @@ def test_cables_without_addresses_become_a_ring_over_which_ranks_reduce(ways: in
         done = config(site, tmp_path, "--hosts", names, "--iface", "left,right", "--auto-setup", "--output", "hosts.json")
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
         assert "over Ethernet, backend ring: ring host0 host1 host2 host3" in done.stderr and "set up: host0, host2" in done.stderr
+        assert f"tried: {4 * ways} of {4 * ways} cables answer at both ends" in done.stderr
         written = read_hostfile(tmp_path / "hosts.json")
         assert [host.ssh for host in written.hosts] == ["host0", "host1", "host2", "host3"]
         assert [len(host.ips) for host in written.hosts] == [ways] * 4
@@ -117,6 +118,42 @@ def test_from_cables_to_a_job_in_one_line(tmp_path: Path) -> None:
             sent = {name: host.sent(name) for name in ("left0", "left1", "right0", "right1", "cable")}
             assert min(sent[name] for name in ("right0", "right1")) > 1 << 20 and sent["cable"] < 1 << 20, sent
     assert sorted(done.stdout.splitlines()) == [f"[{rank} host{rank}] sum 6.0 of 3" for rank in range(3)]
+
+
+def test_a_cable_that_leads_elsewhere_is_named(tmp_path: Path) -> None:
+    """Two ports have addresses of one network, but other ends: nobody hears anybody, so only the pings after the set-up can find it."""
+    with sshd.site(tmp_path, 3) as site:
+        hosts = [server.host for server in site.servers]
+        for host in hosts:
+            at_once(host)
+        for number in range(2):
+            cable(hosts[number], "right0", hosts[number + 1], "left0")
+        for host, name, address in ((hosts[0], "left0", "192.168.7.1/30"), (hosts[2], "right0", "192.168.7.2/30")):
+            host.ip(f"link add {name} type veth peer name nobody")
+            host.ip(f"address add {address} dev {name}")
+            host.ip(f"link set {name} up")
+            host.ip("link set nobody up")
+        words = ["--hosts", "host0,host1,host2", "--iface", "left,right", "--auto-setup", "--json"]
+        done = config(site, tmp_path, *words, "--output", "hosts.json")
+        fault = "host0 left0 (192.168.7.1) and host2 right0 (192.168.7.2) do not reach each other"
+        assert done.returncode == 1 and f"no way through: {fault}: is it the cable, a firewall, or" in done.stderr
+        assert "tried: 2 of 3 cables answer at both ends" in done.stderr
+        found = {cable["ends"][0]["host"] + cable["ends"][1]["host"]: cable["unreached"] for cable in json.loads(done.stdout)["cables"]}
+        assert found == {"host0host1": "", "host1host2": "", "host0host2": fault}
+        assert len(read_hostfile(tmp_path / "hosts.json").hosts) == 3  # it may be the pings only that do not come through
+
+
+def test_one_way_without_an_answer_and_hosts_without_ping(tmp_path: Path) -> None:
+    without = {number: ["mount --bind /dev/null $(readlink -f $(command -v ping))"] for number in (1, 2)}
+    with sshd.site(tmp_path, 3, prepare=without) as site:
+        hosts = [server.host for server in site.servers]
+        hosts[1]._run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all")
+        done = config(site, tmp_path, "--hosts", "host0,host1", "--auto-setup")
+        assert done.returncode == 1 and "no way through: host0 cable (10.2.0.1) gets no answer from host1 cable (10.2.0.2)" in done.stderr
+        done = config(site, tmp_path, "--hosts", "host0,host2", "--auto-setup")
+        assert done.returncode == 0 and "tried: 1 of 1 cable answers at both ends" in done.stderr
+        done = config(site, tmp_path, "--hosts", "host1,host2", "--auto-setup")
+        assert done.returncode == 0 and "not tried, as no end has a ping or is set up: host1 cable - host2 cable" in done.stderr
 
 
 def test_networks_that_any_host_uses_are_left_alone(tmp_path: Path) -> None:
@@ -208,7 +245,10 @@ def test_a_command_that_fails_is_said_and_no_hostfile_written(tmp_path: Path) ->
 
 @pytest.mark.parametrize("manager", ["NetworkManager", "systemd-networkd"])
 def test_addresses_that_outlive_a_restart(manager: str, tmp_path: Path) -> None:
-    """The managers are stand-ins that note what they are told: neither runs without an own system bus. The file for networkd is real."""
+    """The managers are stand-ins that note and do what they are told, networkd's in its own time: neither runs without a system bus.
+
+    The file for networkd is real.
+    """
     bins = [tmp_path / f"bin{number}" for number in range(2)]
     options = {number: [f"SetEnv PATH={folder}:/usr/bin:/bin:/usr/sbin:/sbin"] for number, folder in enumerate(bins)}
     prepare = {
@@ -219,8 +259,10 @@ def test_addresses_that_outlive_a_restart(manager: str, tmp_path: Path) -> None:
         (folder / "network").mkdir(parents=True)
         states = ["active" if manager == name else "inactive" for name in ("NetworkManager", "systemd-networkd")]
         macs.executable(folder / "systemctl", f"printf '{states[0]}\\n{states[1]}\\n'; exit 3")
-        for tool in ("nmcli", "networkctl"):
-            macs.executable(folder / tool, f'echo "$*" >> "{folder}/done"; [ "$2" != delete ]')
+        note, setting = f'echo "$*" >> "{folder}/done"', "sed -n s/^Address=//p /etc/systemd/network/10-rt-"
+        macs.executable(folder / "nmcli", f'{note}; [ "$2" != delete ] && if [ "$2" = add ]; then ip address add "${{12}}" dev "$8"; fi')
+        apply = f'for i in left0 right0; do ip address add "$({setting}$i.network)" dev $i; done'
+        macs.executable(folder / "networkctl", f"{note}; (sleep 1; {apply}) >/dev/null 2>&1 &")
     with sshd.site(tmp_path, 2, options=options, prepare=prepare) as site:
         hosts = [server.host for server in site.servers]
         for host in hosts:
@@ -341,6 +383,17 @@ def test_one_mac_without_sudo_gets_its_commands_printed(tmp_path: Path) -> None:
     assert "sudo ifconfig en2 inet 192.168.1.10 netmask 255.255.255.252" in done.stderr
     assert done_on(tmp_path, made[2]) == [] and len(done_on(tmp_path, made[1])) == 5
     assert len(read_hostfile(tmp_path / "hosts.json").hosts) == 4
+
+
+def test_a_mac_that_gets_no_answer(tmp_path: Path) -> None:
+    made = macs.macs(4, macs.RING)
+    made[1].silent = ["192.168.1.1"]
+    with site_of_macs(tmp_path, made) as site:
+        done = config(site, tmp_path, *NAMES, "--auto-setup", "--output", "hosts.json")
+    assert done.returncode == 1
+    assert "no way through: host1 en2 (192.168.1.2) gets no answer from host0 en2 (192.168.1.1): is it the cable" in done.stderr
+    assert "tried: 3 of 4 cables answer at both ends" in done.stderr
+    assert "-n -c 1 -t 1 -S 192.168.1.2 192.168.1.1" in (tmp_path / "bin1" / "pinged").read_text().splitlines()
 
 
 def test_one_connection_per_host_and_nothing_is_changed_unless_asked(tmp_path: Path) -> None:
