@@ -178,9 +178,10 @@ class Rendezvous:
         foreign = next((peer for peer in peers if not is_loopback(peer[0])), None)
         for rank, row in enumerate(rows[1:], 1):
             if foreign is not None and is_loopback(row[0][0]):
+                name, setting = ("coordinator's", "RT_COORDINATOR") if self._config.store is None else ("master's", "--master-addr")
                 raise RendezvousError(
-                    f"rank {self._rank}/{self._size}: rank {rank} is reached at {tcp.show(row[0])} only, since the coordinator's name "
-                    f"means loopback on its host, but another rank comes from {tcp.show(foreign)}: give RT_COORDINATOR an address and no "
+                    f"rank {self._rank}/{self._size}: rank {rank} is reached at {tcp.show(row[0])} only, since the {name} name "
+                    f"means loopback on its host, but another rank comes from {tcp.show(foreign)}: give {setting} an address and no "
                     f"name, or set {interfaces.VARIABLE} on all ranks"
                 )
 
@@ -237,10 +238,23 @@ class Rendezvous:
         if self._rank > 0:
             host, _, port = (await tcp.in_thread(lambda: client.get(key))).decode().rpartition(":")
             return await self._enrol_with((host, int(port)))
-        listener = await self._listen((await tcp.host_towards(store), 0), "an address on the way to torchrun's store")
-        address: Address = listener.getsockname()[:2]
+        listener, address = await self._beside_store(store)
         await tcp.in_thread(lambda: client.set(key, f"{address[0]}:{address[1]}"))
         return await self._coordinate(listener, address)
+
+    async def _beside_store(self, store: Address) -> tuple[socket.socket, Address]:
+        """Rank 0 under torchrun: listen where the others can come, and return at which address they find that."""
+        everywhere = await self._reachable_for_all((store[0], 0))
+        wanted = self._config.interfaces
+        if wanted is not None:
+            host = interfaces.choose(await tcp.in_thread(interfaces.listing), wanted, await tcp.host_towards(store))[0]
+            listener = await self._listen((host, 0), f"an address of {interfaces.VARIABLE}={wanted.text}")
+        elif everywhere[0] != store[0]:  # the agents meet at a name that others know better than this host
+            listener = await self._listen(everywhere, "every address of this host")
+            return listener, (store[0], listener.getsockname()[1])
+        else:
+            listener = await self._listen((await tcp.host_towards(store), 0), "an address on the way to torchrun's store")
+        return listener, listener.getsockname()[:2]
 
     async def _listen(self, address: Address, what: str) -> socket.socket:
         where = f"{self._config.source}: {what}, {tcp.show(address)}"

@@ -64,14 +64,14 @@ def start(host: netns.Host, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
 
 
-def ends(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+def ends(processes: Sequence[subprocess.Popen[str]], patience: float = PATIENCE) -> list[tuple[int, str, str]]:
     """Exit status, output and error output of each."""
     try:
-        return [(process.returncode, *said) for process, said in [(each, each.communicate(timeout=PATIENCE)) for each in processes]]
+        return [(process.returncode, *said) for process, said in [(each, each.communicate(timeout=patience)) for each in processes]]
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def last_line(text: str) -> str:
