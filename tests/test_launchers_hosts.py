@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hosts
 import netns
 import pytest
+import slurm
 import sshd
 from hosts import PORT, PROGRAM, ROOT, ends
 from peers import BIN, needs_peers
@@ -97,7 +98,7 @@ def test_torchrun_by_a_name_that_means_loopback_on_the_first_host(two_cables: li
     assert_reduced(torchrun(two_cables, program, "node0", RT_INSECURE="1", RT_SOCKET_IFNAME="cable0"))  # what the error says
 
 
-# --- mpirun ------------------------------------------------------------------------------------------------------------------------------
+# --- mpirun, srun ------------------------------------------------------------------------------------------------------------------------
 
 
 OPEN_MPI = ["--bind-to", "none", "-x", "RT_COORDINATOR", "-x", "RT_SECRET_FILE", "-x", "PYTHONPATH"]
@@ -111,15 +112,15 @@ def secret(folder: Path) -> dict[str, str]:
     return {"RT_SECRET_FILE": str(path)}
 
 
-def assert_spread(site: sshd.Site, command: list[str], **env: str) -> None:
-    """Run a launcher at the desk, and see that two ranks on each of two hosts reduce 16 MiB."""
-    before = [server.host.sent("cable") for server in site.servers]
+def assert_spread(made: Sequence[netns.Host], command: list[str], **env: str) -> None:
+    """Run a launcher, and see that two ranks on each of two hosts reduce 16 MiB."""
+    before = [host.sent("cable") for host in made]
     pipe = subprocess.PIPE
     told = environment(RT_CONNECT_TIMEOUT="15", **env)
-    process = subprocess.Popen(site.command(*command), env=told, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+    process = subprocess.Popen(command, env=told, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
     ((status, output, errors),) = ends([process], PEERS_PATIENCE)
     assert (status, output.count("10.0 of 4")) == (0, 4), errors  # lines of several ranks may be mixed
-    assert all(server.host.sent("cable") - sent > 4 << 20 for server, sent in zip(site.servers, before, strict=True))
+    assert all(host.sent("cable") - sent > 4 << 20 for host, sent in zip(made, before, strict=True))
 
 
 @pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "-")
@@ -136,4 +137,12 @@ def assert_spread(site: sshd.Site, command: list[str], **env: str) -> None:
 def test_mpirun(launcher: list[str], tmp_path: Path, program: str) -> None:
     place = {"RT_COORDINATOR": f"10.2.0.1:{PORT}", "OPAL_PREFIX": str(BIN.parent)}
     with sshd.site(tmp_path, 2) as site:
-        assert_spread(site, [str(BIN / launcher[0]), *launcher[1:], "-n", "4", sys.executable, program], **place, **secret(tmp_path))
+        words = [str(BIN / launcher[0]), *launcher[1:], "-n", "4", sys.executable, program]
+        assert_spread([server.host for server in site.servers], site.command(*words), **place, **secret(tmp_path))
+
+
+@pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing() or "-")
+def test_srun(tmp_path: Path, program: str) -> None:
+    with netns.switched(3) as (*nodes, desk), slurm.cluster(tmp_path, [*nodes, desk]) as told:
+        command = desk.command_among_others("srun", "-N", "2", "-n", "4", sys.executable, program)
+        assert_spread(nodes, command, RT_COORDINATOR=f"10.2.0.1:{PORT}", **secret(tmp_path), **told)
