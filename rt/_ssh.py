@@ -80,7 +80,8 @@ def ask(
 
 def _ask(host: Host, program: Sequence[str], input: bytes, timeout: float) -> Answer:
     try:
-        done = subprocess.run(command(host, program), input=input, capture_output=True, timeout=timeout, start_new_session=True)
+        # In our session: Ctrl-C ends all of them with us.
+        done = subprocess.run(command(host, program), input=input, capture_output=True, timeout=timeout)
     except subprocess.TimeoutExpired as late:
         return Answer(host, None, late.stdout or b"", late.stderr or b"")
     except OSError as error:  # no ssh here; a local program that is not there: what a shell would say

@@ -27,18 +27,23 @@ def speed(gigabits: float) -> str:
 def dot(machines: Sequence[Machine], segments: Sequence[Segment]) -> str:
     """Return a graph: an edge per cable, labelled with the ports at its ends; broken ones red, switches round."""
     lines = ["graph G {", "  node [shape=rectangle];"]
-    lines += [f"  h{machine.index} [label={json.dumps(machine.ssh)}];" for machine in machines]
+    lines += [f"  h{machine.index} [label={_quoted(machine.ssh)}];" for machine in machines]
     for number, segment in enumerate(segments):
         colour = ", color=red, fontcolor=red, style=dashed" if segment.fault else ""
         if len(segment.ports) == 2:
             left, right = segment.ports
             label = "\n".join(filter(None, [f"{left.name}/{right.name}", speed(segment.speed)]))
-            lines.append(f"  h{left.host} -- h{right.host} [label={json.dumps(label)}{colour}];")
+            lines.append(f"  h{left.host} -- h{right.host} [label={_quoted(label)}{colour}];")
             continue
         lines.append(f'  s{number} [shape=circle, label="{"?" if segment.fault else ""}", width=0.2{colour}];')
         for port in segment.ports:
-            lines.append(f"  h{port.host} -- s{number} [label={json.dumps(port.name)}{colour}];")
+            lines.append(f"  h{port.host} -- s{number} [label={_quoted(port.name)}{colour}];")
     return "\n".join([*lines, "}"])
+
+
+def _quoted(text: str) -> str:
+    """Write a text as Graphviz reads it: its escapes are JSON's but for those of letters."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 # --- SVG ---------------------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ _PING = (
 _SYSFS = (
     "grep -H . /sys/bus/thunderbolt/devices/*/unique_id /sys/bus/thunderbolt/devices/*/device_name "
     "/sys/bus/thunderbolt/devices/*/rx_speed /sys/bus/thunderbolt/devices/*/rx_lanes /sys/class/net/*/speed 2>/dev/null; "
-    'for i in /sys/class/net/*; do echo "$i/device:$(readlink "$i/device")"; done'
+    'for i in /sys/class/net/*; do echo "$i/device:$(readlink "$i/device")"; [ ! -e "$i/phy80211" ] || echo "$i/phy80211:yes"; done'
 )
 _EVERYWHERE = (("uname", "uname -s"), ("user", "id -u"), ("sudo", "sudo -n true"))
 _MACOS = (
@@ -41,7 +41,7 @@ _MACOS = (
 )
 _LINUX = (
     ("addresses", "ip -j -d address show"),
-    ("routes", "ip -j route show table all"),
+    ("routes", "ip -4 -j route show table all"),
     ("rdma", "rdma -j link show"),
     ("sysfs", _SYSFS),
     ("neighbours", _PING),
@@ -146,6 +146,8 @@ def replay(path: str) -> tuple[list[Facts], dict[str, str]]:
     hosts, unreachable = content.get("hosts"), content.get("unreachable", {})
     if not isinstance(hosts, list) or not isinstance(unreachable, dict):
         raise ConfigError(f'{where}: found no list "hosts", expected {_EXPECTED}')
+    if not hosts and not unreachable:
+        raise ConfigError(f"{where}: found no host in it, expected {_EXPECTED}")
     return [_host(entry, f"{where}: hosts[{index}]") for index, entry in enumerate(hosts)], unreachable
 
 

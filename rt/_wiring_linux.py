@@ -30,7 +30,7 @@ def machine(index: int, facts: Facts) -> Machine:
     if "no ping" in facts.said:
         remarks.append("it has no ping (Debian: iputils-ping), so cables whose ends have no addresses are not found from here")
     ports = [_port(index, link, sysfs, heard, devices) for link in links if _is_port(link)]
-    default = next((route.get("dev", "") for route in _made(routes) if route.get("dst") == "default"), "")
+    default = next((str(route["dev"]) for route in _made(routes) if _leads_everywhere(route)), "")
     own = {address.network for link in links for address in _addresses(link)}
     root = facts.text("user").strip() == "0"
     return Machine(
@@ -53,7 +53,7 @@ def _listed(facts: Facts, question: str) -> tuple[list[Item], list[str]]:
     text = facts.text(question).strip()
     try:
         found = json.loads(text) if text else []
-        if text or facts.went_well(question):
+        if (text or facts.went_well(question)) and isinstance(found, list):
             return [item for item in found if item], []  # `ip -j -d` prints {} for what it filtered away
     except ValueError:
         pass
@@ -62,12 +62,14 @@ def _listed(facts: Facts, question: str) -> tuple[list[Item], list[str]]:
 
 def _is_port(link: Item) -> bool:
     kind = link.get("linkinfo", {}).get("info_kind", "")
-    return link.get("link_type") == "ether" and kind not in _NO_CABLE and "master" not in link  # the bond or bridge stands for its members
+    cabled = link.get("link_type") in ("ether", "infiniband") and kind not in _NO_CABLE
+    return cabled and "master" not in link  # the bond or bridge stands for its members
 
 
 def _port(index: int, link: Item, sysfs: _Sysfs, heard: list[Item], devices: list[Item]) -> Port:
     name = str(link["ifname"])
     service = PurePosixPath(sysfs.get((f"/sys/class/net/{name}", "device"), "")).name
+    wireless = name.startswith("wl") or (f"/sys/class/net/{name}", "phy80211") in sysfs
     far = re.fullmatch(r"((\d+)-\w+)\.\d+", service)  # thunderbolt-net sits on service n of the peer ("XDomain") d-r
     folder = "/sys/bus/thunderbolt/devices"
     uuid = sysfs.get((f"{folder}/{far[2]}-0", "unique_id"), "") if far else ""
@@ -76,7 +78,7 @@ def _port(index: int, link: Item, sysfs: _Sysfs, heard: list[Item], devices: lis
     return Port(
         host=index,
         name=name,
-        kind=THUNDERBOLT if far else WIRELESS if name.startswith("wl") else ETHERNET,
+        kind=THUNDERBOLT if far else WIRELESS if wireless else ETHERNET,
         speed=_lanes(sysfs, f"{folder}/{far[1]}") if far else max(0.0, _number(sysfs.get((f"/sys/class/net/{name}", "speed"), "0")) / 1000),
         up="LOWER_UP" in link.get("flags", ()),
         mac=str(link.get("address", "")).lower(),
@@ -117,6 +119,12 @@ def _made(routes: list[Item]) -> list[Item]:
     ours = [route for route in routes if ":" not in route.get("dst", "") + route.get("gateway", "")]
     made = [route for route in ours if route.get("type") not in ("local", "broadcast", "multicast", "anycast")]
     return sorted(made, key=lambda route: int(route.get("metric", 0)))
+
+
+def _leads_everywhere(route: Item) -> bool:
+    """Whether it is the default route; not that of a VPN's own table, nor one that only refuses."""
+    ours = route.get("table", "main") == "main" and route.get("type", "unicast") == "unicast"
+    return ours and route.get("dst") == "default" and "dev" in route
 
 
 def _routed(routes: list[Item]) -> set[IPv4Network]:

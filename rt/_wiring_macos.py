@@ -5,7 +5,6 @@ May live here: what these tools print. May not: asking them (``_wiring_facts``),
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 from dataclasses import dataclass, field
@@ -143,7 +142,7 @@ def _short_network(word: str) -> IPv4Network | None:
     parts = address.split(".")
     try:
         return IPv4Network(".".join([*parts, *["0"] * (4 - len(parts))]) + f"/{prefix or 8 * len(parts)}", strict=False)
-    except ipaddress.NetmaskValueError:
+    except ValueError:
         return None
 
 

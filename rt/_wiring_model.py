@@ -106,4 +106,4 @@ class Segment:
 
 def by_number(name: str) -> tuple[str | int, ...]:
     """Sort key that puts en2 before en10."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
+    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name))

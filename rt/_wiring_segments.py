@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Network
+from ipaddress import IPv4Interface, IPv4Network
 
 from rt._wiring_model import THUNDERBOLT, Machine, Port, Segment
 
@@ -99,11 +99,18 @@ class _Joined:
 
 
 def _networks(ports: Sequence[Port]) -> list[list[Port]]:
-    """Group ports by the networks of their addresses; those of one host only are left out."""
+    """Group ports by the networks of their addresses; those of one host only are left out.
+
+    An address that several hosts have is one that something on each of them gave itself (VirtualBox's networks): it joins nobody.
+    """
     found: dict[IPv4Network, list[Port]] = defaultdict(list)
+    holders: dict[IPv4Interface, set[int]] = defaultdict(set)
     for port in ports:
         for address in port.addresses:
-            if not address.is_link_local and address.network.prefixlen < 32:
+            holders[address].add(port.host)
+    for port in ports:
+        for address in port.addresses:
+            if not address.is_link_local and address.network.prefixlen < 32 and len(holders[address]) == 1:
                 found[address.network].append(port)
     return [group for group in found.values() if len({port.host for port in group}) > 1]
 

@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         _say(f"rt.distributed_config: {error}")
         return 1
+    except KeyboardInterrupt:
+        _say("rt.distributed_config: stopped")
+        return 130
 
 
 def _say(text: str) -> None:
@@ -179,7 +182,13 @@ def _check_all_there(asked: Sequence[Facts], unreachable: dict[str, str], ignore
 def _machine(index: int, told: Facts) -> Machine:
     if told.system not in _SYSTEMS:
         raise ConfigError(f"{told.ssh}: found system {told.system!r}, expected one of {', '.join(_SYSTEMS)}")
-    return _SYSTEMS[told.system](index, told)
+    try:
+        return _SYSTEMS[told.system](index, told)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # what a tool printed has another form than any we know
+        raise ConfigError(
+            f"{told.ssh}: its tools print something that is not understood ({type(error).__name__}: {error}); "
+            "--save-facts F.json keeps it for a bug report"
+        ) from error
 
 
 def _check_each_once(machines: Sequence[Machine]) -> None:
@@ -196,8 +205,13 @@ def _with_ports(machine: Machine, choice: Choice | None) -> Machine:
     """Leave the ports that ``--iface`` allows."""
     if choice is None:
         return machine
-    ports = [(port, Interface(port.name, tuple(map(str, port.addresses)))) for port in machine.ports]
-    return replace(machine, ports=tuple(port for port, interface in ports if (choice.rank(interface) is None) == choice.exclude))
+    ports = [(port, Interface(port.name, tuple(map(str, port.addresses)), up=port.up)) for port in machine.ports]
+    left = tuple(port for port, interface in ports if (choice.rank(interface) is None) == choice.exclude)
+    if not left:
+        there = ", ".join(str(interface) for _, interface in ports) or "no port at all"
+        expected = "one that is left" if choice.exclude else "one that matches"
+        raise ConfigError(f"{machine.ssh}: interfaces {choice.text}: found {there}, expected {expected}")
+    return replace(machine, ports=left)
 
 
 # --- setting up --------------------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ import linuxes
 import macs
 import pytest
 from hosts import ROOT
-from launching import Terminal
+from launching import Terminal, read_until
 from linuxes import Nic
+from macs import executable
 
 from rt._wiring_facts import Facts, save
 from rt.hostfile import Hostfile, read_hostfile
@@ -186,6 +187,36 @@ def test_files_that_cannot_be_written_are_said(tmp_path: Path) -> None:
 def test_a_system_that_is_neither(tmp_path: Path) -> None:
     done = config(tmp_path, told=[Facts("bsd", {"uname": (0, "FreeBSD\n")})])
     assert done.returncode == 1 and "bsd: found system 'FreeBSD', expected one of Darwin, Linux" in done.stderr
+
+
+def test_answers_that_nobody_understands_are_said(tmp_path: Path) -> None:
+    told = linuxes.facts("n", [Nic("eth0", "02:00:00:00:00:01", "10.0.0.1/24")])
+    told.answers["routes"] = (0, '[{"dst": "10.0.0.0/99", "dev": "eth0"}]')
+    done = config(tmp_path, told=[told])
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "n: its tools print something that is not understood (" in done.stderr and "--save-facts F.json keeps it" in done.stderr
+
+
+def test_interfaces_of_which_a_host_has_none(tmp_path: Path) -> None:
+    done = config(tmp_path, "--over", "ethernet", "--iface", "=en0,en9", told=mesh())
+    assert done.returncode == 0
+    done = config(tmp_path, "--iface", "fd00::/8", told=mesh())
+    assert done.returncode == 1
+    assert "rt.distributed_config: m0: interfaces fd00::/8: found en0 (192.168.0.10/24), en1 (no address, down), " in done.stderr
+    assert done.stderr.endswith("expected one that matches\n")
+
+
+def test_ctrl_c_ends_the_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "started")
+    executable(tmp_path / "ssh", f"echo up >{tmp_path}/started; exec sleep 1000")
+    started = os.open(tmp_path / "started", os.O_RDWR)
+    path = f"PATH={tmp_path}:{os.environ['PATH']}"
+    with Terminal("env", path, sys.executable, "-m", "rt.distributed_config", "--hosts", "a,b") as terminal:
+        read_until(started, "up\n", 2)
+        terminal.type("\x03")
+        terminal.until("rt.distributed_config: stopped")
+        assert terminal.process.wait(20) == 130
+    os.close(started)
 
 
 def test_a_terminal_shows_who_is_waited_for() -> None:

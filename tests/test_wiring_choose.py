@@ -206,6 +206,14 @@ def test_one_network_is_one_segment_with_any_backend(heard: bool) -> None:
     assert chosen(on_one_switch(3), "ethernet", "ring").backend == "ring"
 
 
+def test_an_address_that_several_hosts_have_joins_nobody() -> None:
+    """As VirtualBox gives each host 192.168.56.1 on an interface of its own."""
+    own = Nic("vboxnet0", "0a:00:27:00:00:00", "192.168.56.1/24")
+    nics = [Nic("eth0", f"02:00:00:00:00:0{host}", f"10.0.{host}.1/24") for host in range(2)]
+    layout = chosen([linuxes.facts(f"n{host}", [nics[host], own], default="eth0") for host in range(2)], "ethernet")
+    assert (layout.used, layout.remarks[0].partition(":")[0]) == ((), "no network is common to all hosts")
+
+
 def test_two_interfaces_on_one_switch_are_two_ways() -> None:
     def told(host: int, addresses: bool) -> Facts:
         others = [mac(other, rail) for other in range(3) for rail in range(2) if other != host]

@@ -62,6 +62,10 @@ def test_dot_names_both_ends_of_each_cable() -> None:
     assert sum("-- s" in line for line in text.splitlines()) == 1 + 3
 
 
+def test_letters_of_all_alphabets_reach_graphviz_as_they_are() -> None:
+    assert 'label="m\u00fcller"' in dot([Machine(0, "m\u00fcller", "Linux", ())], [])
+
+
 @pytest.mark.skipif(shutil.which("dot") is None, reason="no dot (Debian: graphviz)")
 def test_graphviz_reads_it() -> None:
     done = subprocess.run(["dot", "-Tjson"], input=dot(MACHINES, CABLES), capture_output=True, text=True, timeout=60, check=True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from ipaddress import IPv4Network
 from pathlib import Path
+from typing import Any
 
 import linuxes
 import macs
@@ -77,6 +79,36 @@ def test_a_linux_host() -> None:
     assert machine.remarks == ()
 
 
+def with_answer(told: Facts, question: str, *items: dict[str, Any], text: str = "") -> Facts:
+    """Add entries, or lines, to what a tool of a Linux host said."""
+    code, out = told.answers[question]
+    more = json.dumps([*json.loads(out), *items]) if items else out + text
+    return replace(told, answers={**told.answers, question: (code, more)})
+
+
+def test_the_default_route_is_that_of_the_main_table() -> None:
+    nics = [Nic("eth0", "02:00:00:00:00:01", "192.168.8.2/24"), Nic("wg0", "02:00:00:00:00:02", "10.200.0.1/16", kind="wireguard")]
+    vpn = {"dst": "default", "dev": "wg0", "table": "51820", "scope": "link", "flags": []}
+    told = with_answer(linuxes.facts("n", nics, default="eth0"), "routes", {**vpn, "metric": 0})
+    code, out = told.answers["routes"]
+    first = replace(told, answers={**told.answers, "routes": (code, json.dumps(json.loads(out)[::-1]))})  # the kernel's order of tables
+    assert [_wiring_linux.machine(0, each).address for each in (told, first)] == ["192.168.8.2"] * 2
+    # Without a way to everybody else there is at times one that only refuses, on the loopback interface.
+    alone = with_answer(linuxes.facts("n", nics), "routes", {"type": "unreachable", "dst": "default", "dev": "lo", "metric": 4294967295})
+    assert (_wiring_linux.machine(0, alone).routed, _wiring_linux.machine(0, alone).address) == (False, "192.168.8.2")
+
+
+def test_a_radio_is_known_by_more_than_its_name_and_infiniband_is_a_cable() -> None:
+    told = linuxes.facts("n", [Nic("radio0", "02:00:00:00:00:01"), Nic("eth0", "02:00:00:00:00:02")])
+    told = with_answer(told, "sysfs", text="/sys/class/net/radio0/phy80211:yes\n")
+    mac = "80:00:02:08:fe:80:00:00:00:00:00:00:00:11:22:33:44:55:66:77"
+    told = with_answer(told, "addresses", {"ifname": "ib0", "flags": ["UP", "LOWER_UP"], "link_type": "infiniband", "address": mac})
+    told = with_answer(told, "rdma", {"ifname": "mlx5_0", "port": 1, "state": "ACTIVE", "netdev": "ib0"})
+    ports = {port.name: port for port in _wiring_linux.machine(0, told).ports}
+    assert {name: port.kind for name, port in ports.items()} == {"radio0": WIRELESS, "eth0": ETHERNET, "ib0": ETHERNET}
+    assert (ports["ib0"].mac, ports["ib0"].rdma) == (mac, "mlx5_0")
+
+
 def test_a_linux_host_without_tools() -> None:
     machine = _wiring_linux.machine(0, Facts("n", {"uname": (0, "Linux\n"), "addresses": (127, "")}, said="sh: ip: not found\nno ping\n"))
     assert [remark.split()[0] for remark in machine.remarks] == ["`ip", "it", "`ip"]
@@ -111,6 +143,7 @@ def test_facts_come_back_from_a_file(tmp_path: Path) -> None:
         ('{"format": "rt.distributed_config facts 9"}', "facts 9"),
         ('{"format": "rt.distributed_config facts 1"}', 'no list "hosts"'),
         ('{"format": "rt.distributed_config facts 1", "hosts": [{"ssh": "a"}]}', r"hosts\[0\]: found .*expected"),
+        ('{"format": "rt.distributed_config facts 1", "hosts": []}', "found no host in it"),
         ('{"hosts": [', "no JSON at line 1"),
     ],
 )
@@ -122,3 +155,4 @@ def test_a_file_that_is_no_facts(content: str, found: str, tmp_path: Path) -> No
 
 def test_numbers_in_names_sort_as_numbers() -> None:
     assert sorted(["en10", "en2", "bridge0", "en2a"], key=by_number) == ["bridge0", "en2", "en2a", "en10"]
+    assert by_number("\u00b2") == ("\u00b2",)  # a digit, but none that can be counted with
