@@ -75,9 +75,8 @@ class RemoteProbe:
     def start(self) -> None:
         """Start it and wait until it is ready. Raises Silent: with the reason and what to do."""
         try:
-            self._process = subprocess.Popen(
-                self._words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0, start_new_session=True
-            )
+            # In our session: Ctrl-C ends all of them with us.
+            self._process = subprocess.Popen(self._words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0)
         except OSError as error:
             raise Silent(f"cannot run {self._words[0]}: {error.strerror}") from None
         until = time.monotonic() + START_SECONDS

@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _examine(_hosts(options), options.python, interfaces.asked(options.iface), options.json)
     except ConfigError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        _say("stopped")
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,8 @@ import pytest
 from hosts import PATIENCE, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import Terminal, read_until
+from macs import executable
 
 from rt import _doctor_probes
 from rt._doctor_findings import Finding, judge, show_rate, show_time, slowest
@@ -246,6 +248,19 @@ def test_this_host_alone() -> None:
     assert "rt.doctor: reaching 2 hosts" in done.stderr
     done = run("--hosts", "localhost")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "nothing found that is wrong")
+
+
+@pytest.mark.parametrize("more", [[], ["--job"]], ids=["hosts", "job"])
+def test_ctrl_c_ends_the_waiting(more: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "started")
+    executable(tmp_path / "ssh", f"echo up >{tmp_path}/started; exec sleep 1000")
+    started = os.open(tmp_path / "started", os.O_RDWR)
+    with Terminal("env", f"PATH={tmp_path}:{os.environ['PATH']}", sys.executable, "-m", "rt.doctor", "--hosts", "a,b", *more) as terminal:
+        read_until(started, "up\n", 2)
+        terminal.type("\x03")
+        assert "Traceback" not in terminal.until("rt.doctor: stopped")
+        assert terminal.process.wait(PATIENCE) == 130
+    os.close(started)
 
 
 @pytest.mark.parametrize(
