@@ -1,6 +1,7 @@
 """Jobs that other people's launchers start across hosts, with the secret that the design page asks for there.
 
-May live here: torchrun, mpirun, srun over real hosts. May not: one host (``test_launchers``), ``rt.launch`` (``test_launch_hosts``).
+May live here: torchrun, mpirun, srun, ``mlx.launch`` over real hosts. May not: one host (``test_launchers``), ``rt.launch``
+(``test_launch_hosts``).
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def test_torchrun_by_a_name_that_means_loopback_on_the_first_host(two_cables: li
     assert_reduced(torchrun(two_cables, program, "node0", RT_INSECURE="1", RT_SOCKET_IFNAME="cable0"))  # what the error says
 
 
-# --- mpirun, srun ------------------------------------------------------------------------------------------------------------------------
+# --- mpirun, srun, mlx.launch --------------------------------------------------------------------------------------------------------
 
 
 OPEN_MPI = ["--bind-to", "none", "-x", "RT_COORDINATOR", "-x", "RT_SECRET_FILE", "-x", "PYTHONPATH"]
@@ -146,3 +147,13 @@ def test_srun(tmp_path: Path, program: str) -> None:
     with netns.switched(3) as (*nodes, desk), slurm.cluster(tmp_path, [*nodes, desk]) as told:
         command = desk.command_among_others("srun", "-N", "2", "-n", "4", sys.executable, program)
         assert_spread(nodes, command, RT_COORDINATOR=f"10.2.0.1:{PORT}", **secret(tmp_path), **told)
+
+
+@pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "-")
+@needs_peers("mlx.launch")
+def test_mlx_launch(tmp_path: Path, program: str) -> None:
+    """It takes nothing of the environment to other hosts: the secret's place has to be told to it."""
+    told = [word for name, value in {**secret(tmp_path), "PYTHONPATH": ROOT}.items() for word in ("--env", f"{name}={value}")]
+    with sshd.site(tmp_path, 2) as site:
+        words = [str(BIN / "mlx.launch"), "--backend", "ring", "--hosts", "10.2.0.1,10.2.0.2", "-n", "2", *told]
+        assert_spread([server.host for server in site.servers], site.command(*words, "--python", sys.executable, program))
