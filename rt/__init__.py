@@ -30,7 +30,7 @@ except ImportError as error:
 from rt import collectives, world
 from rt.aio import Work
 from rt.api import Api, Start, check_common
-from rt.config import is_available
+from rt.backends import is_available
 from rt.deferred import Deferred, ready_core, start_waiting, wait_until
 from rt.errors import (
     CollectiveTimeoutError,
@@ -177,8 +177,7 @@ async def init(
 
 async def close() -> None:
     """Leave in order: finish own works, say goodbye to all ranks, hear theirs (at most 5 s), close everything. Idempotent."""
-    found = world.current_world()
-    if found is not None:
+    for found in world.worlds():
         await asyncio.get_running_loop().run_in_executor(None, found.leave)
         found.release()
 

@@ -33,7 +33,7 @@ cdef class Work:
     cdef public object hand_out
     cdef public object error
     cdef readonly int state
-    cdef readonly uint32_t sequence
+    cdef public uint32_t sequence
     cdef public int status
     cdef readonly Py_ssize_t received
     cdef readonly double since

@@ -98,6 +98,7 @@ class Work(_fastpath.Work):
     """
 
     group: CoreGroup
+    lent = False  # a library has the memory, and gives it back only at the end
     _limit: tuple[float, float] | None = None  # seconds, and when they end, until some loop watches it
 
     def __init__(self, group: CoreGroup) -> None:
@@ -117,7 +118,7 @@ class Work(_fastpath.Work):
                     yield from future
                 except BaseException:
                     self.remove_waiter(waiter)
-                    yield from self._give_back_in_slices()
+                    yield from self._wait_out(driver, loop) if self.lent else self._give_back_in_slices()
                     raise
             driver.turned = time.monotonic()
         elif (attached := self.group.driver_of(loop)) is not None and time.monotonic() - attached.turned > FAIR_SECONDS:
@@ -168,6 +169,17 @@ class Work(_fastpath.Work):
                 yield
             except asyncio.CancelledError:
                 continue
+
+    def _wait_out(self, driver: LoopDriver, loop: asyncio.AbstractEventLoop) -> Generator[Any, None, None]:
+        """Wait until the work has ended: its memory cannot be had before. A second cancellation does not end this early."""
+        while not self.done():
+            future: asyncio.Future[None] = loop.create_future()
+            waiter = driver.waiter(future)
+            if self.add_waiter(waiter):
+                try:
+                    yield from future
+                except asyncio.CancelledError:
+                    self.remove_waiter(waiter)
 
     def _give_back(self) -> Generator[None, None, None]:
         engine = self.group.engine

@@ -193,7 +193,7 @@ def choose(
         case Collective.ALL_TO_ALL_V:
             return algorithms_exchange.direct_all_to_all(rank, counts[:size], counts[size:], lanes, itemsize)
     each = counts or [count] * size
-    wide = kind in _REDUCING and _needs_wide(size - (kind is Collective.EXSCAN), dtype, op)
+    wide = kind in _REDUCING and needs_wide(size - (kind is Collective.EXSCAN), dtype, op)
     case = Case(rank, size, count, each, itemsize, lanes, root, op is Op.MEAN, wide, mesh, hosts)
     row = "all_reduce_wide" if wide and kind is Collective.ALL_REDUCE else kind.name.lower().removesuffix("_v")
     plan = _fitting(row, (table or shipped()).prefers(row, links, size, max(each) * itemsize), case).schedule(case)
@@ -227,7 +227,7 @@ def _compared(plan: Schedule, rank: int, size: int) -> Schedule:
     return plan._replace(steps=(*plan.steps, *steps), temps=(*plan.temps, Temp(2, False))) if steps else plan
 
 
-def _needs_wide(contributions: int, dtype: DType, op: Op) -> bool:
+def needs_wide(contributions: int, dtype: DType, op: Op) -> bool:
     """Say whether halves must be reduced in float32; one sum of two halves is rounded once anyway, and the rank's own part of an exscan is
     not in it."""
     return dtype in HALF and op in _ROUNDING and (contributions > 2 or op is Op.MEAN)

@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 
 Address = tuple[str, int]
 Environ = Mapping[str, str]
-BACKENDS = ("any", "mpi", "nccl", "jaccl", "ring")
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_RANK_AND_SIZE = (  # launchers that number ranks but say nothing of where to meet, in order of precedence
+RANK_AND_SIZE = (  # launchers that number ranks but say nothing of where to meet, in order of precedence
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
@@ -145,7 +144,31 @@ def resolve_ring(
     if place is None:
         return None
     _check_agreement(place, environ)
-    count = _pick("connections_per_ip", connections_per_ip, "RT_CONNECTIONS_PER_IP", environ) or _Given("default", 1)
+    found = resolve_secret(secret, [host for host, _ in _known(place)], environ)
+    return _complete(place, found, connections_per_ip, connect_timeout, timeout, shm, environ)
+
+
+def resolve_numbered(
+    rank: int, size: int, source: str, secret: Secret, *, connections_per_ip: int | None = None, connect_timeout: float | None = None,
+    timeout: float | None = None, shm: bool | None = None, environ: Environ = os.environ,
+) -> RingConfig:  # fmt: skip
+    """Find out the settings of ranks that a library has numbered and which will agree by it on where to meet.
+
+    Args:
+        rank, size: this process and how many there are.
+        source: what numbered them, for messages.
+        secret: what they will prove to know.
+
+    The others, and errors, are those of ``resolve_ring``. ``coordinator`` is still to be filled in.
+    """
+    return _complete(_Place(rank, source, size, source), secret, connections_per_ip, connect_timeout, timeout, shm, environ)
+
+
+def _complete(
+    place: _Place, secret: Secret, connections: int | None, connect_timeout: float | None, timeout: float | None, shm: bool | None,
+    environ: Environ,
+) -> RingConfig:  # fmt: skip
+    count = _pick("connections_per_ip", connections, "RT_CONNECTIONS_PER_IP", environ) or _Given("default", 1)
     per_pair = _integer(count, 1, None)
     wait = _seconds(_pick("connect_timeout", connect_timeout, "RT_CONNECT_TIMEOUT", environ))
     return RingConfig(
@@ -158,7 +181,7 @@ def resolve_ring(
         job=_job(place, environ.get("RT_JOB_ID", place.run_id)),
         connect_timeout=60.0 if wait is None else wait,
         timeout=_seconds(_pick("timeout", timeout, "RT_TIMEOUT", environ)),
-        secret=resolve_secret(secret, [host for host, _ in _known(place)], environ),
+        secret=secret,
         shm=_shares(shm, environ),
         spin=_spin(environ),
         tuning=tuned(environ),
@@ -166,45 +189,6 @@ def resolve_ring(
         interfaces=_interfaces(environ),
         source=place.source,
     )
-
-
-def choose_backend(backend: str, environ: Environ = os.environ, strict: bool = False) -> str | None:
-    """Return which backend ``init`` should try: the name asked for, or for ``any`` that of ``RT_BACKEND``, else the best available.
-
-    Returns:
-        A concrete backend that is available, or None where a named one is not and ``strict`` is false (then ``init`` makes a singleton,
-        as MLX does). Whether it is *configured* is not looked at here.
-
-    Raises:
-        ValueError: unknown backend.
-        TypeError: ``strict`` is no bool.
-        ConfigError: ``RT_BACKEND`` names an unknown or missing backend, or ``backend`` a missing one and ``strict`` is true.
-    """
-    if not isinstance(strict, bool):
-        hint = f"; did you mean backend={strict!r}?" if isinstance(strict, str) else ""
-        raise TypeError(f"strict must be a bool, not {type(strict).__name__}{hint}")
-    if backend not in BACKENDS:
-        known = f"{', '.join(map(repr, BACKENDS[:-1]))} and {BACKENDS[-1]!r}"
-        raise ValueError(f"[distributed] The only valid values for backend are {known} but {backend!r} was provided.")
-    if backend != "any":
-        return _if_available(backend, strict, f"keyword backend: found {backend!r}")
-    wanted = environ.get("RT_BACKEND", "any")
-    if wanted not in BACKENDS:
-        raise ConfigError(f"RT_BACKEND: found {wanted!r}, expected one of {', '.join(BACKENDS)}")
-    return "ring" if wanted == "any" else _if_available(wanted, True, f"RT_BACKEND: found {wanted!r}")
-
-
-def is_available(backend: str = "any") -> bool:
-    """Say whether a backend can be used here; False for unknown names, as in MLX."""
-    return backend in ("any", "ring")
-
-
-def _if_available(backend: str, strict: bool, found: str) -> str | None:
-    if is_available(backend):
-        return backend
-    if strict:
-        raise ConfigError(f"{found}, which this version does not have yet, expected 'ring'")
-    return None
 
 
 # --- the sets ------------------------------------------------------------------------------------------------------------------------
@@ -280,7 +264,7 @@ def _place(rank: _Given | None, size: _Given | None, where: _Given | None, envir
 
 
 def _launcher_rank(size: _Given | None, environ: Environ) -> tuple[_Given | None, _Given | None]:
-    for rank_name, size_name in _RANK_AND_SIZE:
+    for rank_name, size_name in RANK_AND_SIZE:
         if rank_name in environ:
             return _pick("", None, rank_name, environ), size or _pick("", None, size_name, environ)
     return None, size

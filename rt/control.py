@@ -121,6 +121,10 @@ class Control:
         """Flood a local suspicion and have it judged. Any thread; never blocks; does nothing after ``close``."""
         self._post(self._hear, report, None)
 
+    def later(self, seconds: float, function: Callable[..., None], *arguments: Any) -> None:
+        """Have a function called in the control thread after some seconds. Any thread; nothing happens once the thread has ended."""
+        self._post(self._call_later, seconds, function, *arguments)
+
     def relay(self, peer: int) -> RelayPipe:
         """Return the pipe to a rank that is not connected directly. Raises ValueError where ``peer`` is no other rank."""
         return self._relay.pipe(peer)
@@ -160,6 +164,9 @@ class Control:
         if not self._abandoned:
             with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
                 self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _call_later(self, seconds: float, function: Callable[..., None], *arguments: Any) -> None:
+        self._loop.call_later(seconds, function, *arguments)
 
     def _run(self) -> None:
         with asyncio.Runner(debug=False, loop_factory=lambda: self._loop) as runner, suppress(asyncio.CancelledError):

@@ -201,18 +201,25 @@ class CoreGroup:
         )
         op = Op.SUM if call.op is Op.MEAN else call.op
         program = _fastpath.Program(schedule, call.dtype, op, self._links, call.alias)
-        nbytes = _count(call.shape) * ITEMSIZE[call.dtype]
-        about = f"{call.dtype.name.lower()}, {nbytes} B" if call.kind is not Collective.BARRIER else "all ranks"
-        if call.part:
-            about = "object" if call.part == "header" else f"object, a piece of {nbytes} B"
-        pairs = call.kind is Collective.ALL_TO_ALL_V
-        signature = self._signatures_of_pairs(call, schedule.name) if pairs else self._signature(call, nbytes, schedule.name)
-        ready = Ready(program, signature, self._channel(call), about)
+        ready = Ready(program, self.signature_of(call, schedule.name), self._channel(call), self.about(call))
         if len(self._plans) >= _PLANS_MOST:
             self._plans.clear()
             self.known.forget()
         self._plans[call] = ready
         return ready
+
+    def about(self, call: Call) -> str:
+        """Return what a call moves, for messages: ``float32, 4096 B``."""
+        nbytes = _count(call.shape) * ITEMSIZE[call.dtype]
+        if call.part:
+            return "object" if call.part == "header" else f"object, a piece of {nbytes} B"
+        return f"{call.dtype.name.lower()}, {nbytes} B" if call.kind is not Collective.BARRIER else "all ranks"
+
+    def signature_of(self, call: Call, algorithm: str) -> bytes:
+        """Return what the peers compare of a call, or as much for every rank of the group where that differs."""
+        if call.kind is Collective.ALL_TO_ALL_V:
+            return self._signatures_of_pairs(call, algorithm)
+        return self._signature(call, _count(call.shape) * ITEMSIZE[call.dtype], algorithm)
 
     def _signature(self, call: Call, nbytes: int, algorithm: str) -> bytes:
         """What the peers compare. Send and recv have one signature: which of them is which follows from the channel."""
@@ -254,6 +261,18 @@ class CoreGroup:
     def driver_of(self, loop: asyncio.AbstractEventLoop) -> LoopDriver | None:
         """As ``driver``, but None where none was attached."""
         return None if self.world is None else self.world.drivers.get(loop)
+
+    def blocking(self, limit: float | None) -> CoreGroup:
+        """Return this group as calls see it that block, for at most ``limit`` seconds: on the ring they are as any other."""
+        return self
+
+    def block(self, work: Work) -> bool:
+        """Wait in this thread for a work that the engine does not move; False: the engine moves it."""
+        return False
+
+    def in_flight(self) -> int:
+        """Number of works of this process that have not ended."""
+        return self.engine.in_flight() if self.engine is not None else 0
 
     # -- failing
 

@@ -55,12 +55,13 @@ async def _told(main: Coroutine[Any, Any, T]) -> T:
 
 
 def _tell(error: BaseException) -> None:
-    found = world.current_world()
-    if found is None or found.closed or (isinstance(error, SystemExit) and error.code in (None, 0)):
+    if isinstance(error, SystemExit) and error.code in (None, 0):
         return
     culprit = error.culprit if isinstance(error, GroupBrokenError) else None
     name = "was interrupted" if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)) else f"raised {type(error).__name__}"
-    found.abort_all(culprit, f"the program of rank {found.rank} {name}")
+    for found in world.worlds():
+        if not found.closed:
+            found.abort_all(culprit, f"the program of rank {found.rank} {name}")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

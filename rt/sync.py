@@ -17,7 +17,7 @@ from typing import Any
 from rt import _fastpath, collectives, world
 from rt.aio import Work
 from rt.api import Api, Start, check_common
-from rt.config import is_available
+from rt.backends import is_available
 from rt.deferred import start_waiting
 from rt.errors import (
     CollectiveTimeoutError,
@@ -51,7 +51,7 @@ _local = threading.local()
 def _wait(work: Work, timeout: float | None) -> Any:
     """Drive the engine from this thread until the work has ended."""
     core = work.group
-    if work.state == _fastpath.FLYING:
+    if work.state == _fastpath.FLYING and not core.block(work):
         assert core.engine is not None and core.world is not None
         sleeper = getattr(_local, "sleeper", None)
         if sleeper is None:
@@ -77,8 +77,8 @@ class _Blocking(Api[Any]):
             check_common(timeout, stream, key)
         core = core_of(group) if group is not None else _world_core()
         _refuse_inside_loop(core)
-        return _wait(start(core, x, out), timeout if timeout is not None else core.timeout)
-
+        limit = timeout if timeout is not None else core.timeout
+        return _wait(start(core.blocking(limit), x, out), limit)
 
     def _all_reduce(self, group: Any, what: str, op: str, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Any:
         # A small one between ranks that poll takes less time than the layers that most calls go through.
@@ -92,9 +92,9 @@ class _Blocking(Api[Any]):
 
 def _refuse_inside_loop(core: CoreGroup) -> None:
     loop = asyncio._get_running_loop()
-    if loop is not None and core.engine is not None and core.engine.in_flight() and core.driver_of(loop) is not None:
+    if loop is not None and core.in_flight() and core.driver_of(loop) is not None:
         raise RuntimeError(
-            f"a call of rt.sync would block the event loop that drives {core.engine.in_flight()} collectives in flight; "
+            f"a call of rt.sync would block the event loop that drives {core.in_flight()} collectives in flight; "
             "use `await rt...` here"
         )
 
@@ -177,7 +177,8 @@ def init(
 
     Args:
         strict: an error instead of a group of one if nothing is configured.
-        backend: ``any`` or ``ring``.
+        backend: ``ring``; ``mpi``, of processes that ``mpirun`` or the like started; or ``any``: what was started first, else what
+            ``RT_BACKEND`` says, else the ring where something configures it, else MPI where it started several processes.
         rank, world_size, coordinator: this process, how many there are, ``host:port`` where rank 0 listens.
         hostfile: instead of a coordinator: JSON list of lists of ``ip:port``, one list per rank, one connection per address.
         connections_per_ip: sockets between two ranks (with a coordinator).
@@ -208,8 +209,7 @@ def init(
 
 def close() -> None:
     """Leave in order: finish own works, say goodbye to all ranks, hear theirs (at most 5 s), close everything. Idempotent."""
-    found = world.current_world()
-    if found is not None:
+    for found in world.worlds():
         found.close()
 
 

@@ -18,9 +18,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from rt import _fastpath, config, log
+from rt import _fastpath, backends, config, log
 from rt.aio import LoopDriver, Work
 from rt.blame import Report, Verdict
 from rt.errors import (
@@ -90,15 +90,21 @@ class World:
         if self.size == 1:
             future.set_result(self.new_group(range(1), 0, "world", self._identity))
             return future
+        self._begin(future)
+        return future
+
+    def _begin(self, future: concurrent.futures.Future[CoreGroup]) -> None:
+        self._meet(self._ring, future)
+
+    def _meet(self, ring: config.RingConfig, future: concurrent.futures.Future[CoreGroup]) -> None:
+        """Start the control thread, which meets the other ranks."""
         from rt.control import Control  # with all of bootstrap behind it: a group of one never needs it
 
-        self.control = Control.start(self._ring, on_verdict=self._on_verdict, on_bye=self._on_bye, on_ask=self._on_ask)
+        self.control = Control.start(ring, on_verdict=self._on_verdict, on_bye=self._on_bye, on_ask=self._on_ask)
         ready = self.control.ready
         ready.add_done_callback(lambda wiring: self._wired(wiring, future))
         future.add_done_callback(lambda f: ready.cancel() if f.cancelled() else None)
         import rt.choose  # noqa: F401  # while the ranks meet, so that the first call need not
-
-        return future
 
     def _wired(self, wiring: concurrent.futures.Future[Any], future: concurrent.futures.Future[CoreGroup]) -> None:
         """In the control thread: hand the sockets to the engine."""
@@ -144,13 +150,16 @@ class World:
 
     def new_group(self, ranks: Any, rank: int, name: str, identity: int, timeout: float | None = None) -> CoreGroup:
         """Register a group; a verdict that came before it counts."""
-        group = CoreGroup(self, ranks, rank, name, identity, self._ring.timeout if timeout is None else timeout)
+        group = self._make_group(ranks, rank, name, identity, self._ring.timeout if timeout is None else timeout)
         with self._lock:
             self.groups[identity] = group
             early = [verdict for verdict in self._verdicts if self._concerns(verdict, group)]
         for verdict in early:
             self._break(group, verdict)
         return group
+
+    def _make_group(self, ranks: Any, rank: int, name: str, identity: int, timeout: float | None) -> CoreGroup:
+        return CoreGroup(self, ranks, rank, name, identity, timeout)
 
     def links(self) -> dict[int, str]:
         """Return how this rank reaches each other one: ``shm``, ``tcp HOST:PORT`` (of the first socket), or ``relayed``."""
@@ -353,37 +362,70 @@ def _address(sock: Any) -> str:
 
 # -- the one world of a process ---------------------------------------------------------------------------------------------------------
 
+class _Started(NamedTuple):
+    """A world of this process, and its group, which the future holds once it has formed."""
+
+    world: World
+    group: concurrent.futures.Future[CoreGroup]
+
+    def lives(self) -> bool:
+        return not self.world.closed and not _failed(self.group)
+
+
 _lock = threading.Lock()
-_world: World | None = None
-_future: concurrent.futures.Future[CoreGroup] | None = None
-_formed: CoreGroup | None = None  # the future's result, which every call asks for: futures take locks
+_started: dict[str, _Started] = {}  # by backend: one world of each may be there at a time
+_first = ""  # of these, the one that ``init()`` without a backend means
+_formed: CoreGroup | None = None  # that one's group: every call asks for it, and futures take locks
 
 
 def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concurrent.futures.Future[CoreGroup]:
-    """Begin to form the world, or return the one that is there.
+    """Begin to form the world of a backend, or return the one that is there; ``any`` means the one that was started first.
 
     Raises:
-        TypeError, ValueError: bad arguments; see ``config.choose_backend``.
+        TypeError, ValueError: bad arguments; see ``backends.choose_backend``.
         ConfigError: configuration begun but wrong; with ``strict`` also none at all.
     """
-    global _world, _future, _formed
+    global _first, _formed
     with _lock:
-        if _future is not None and _world is not None and not _world.closed and not _failed(_future):
-            config.choose_backend(backend, os.environ, strict)  # bad arguments are errors also when there is nothing left to do
-            return _future
-        chosen = config.choose_backend(backend, os.environ, strict)
-        ring = config.resolve_ring(**keywords) if chosen == "ring" else None
-        if ring is None:
+        living = {name: each for name, each in _started.items() if each.lives()}
+        if backend == "any" and living:
+            backends.choose_backend(backend, os.environ, strict)  # bad arguments are errors also when there is nothing left to do
+            return (living.get(_first) or next(iter(living.values()))).group
+        chosen = backends.choose_backend(backend, os.environ, strict)
+        if chosen in living:
+            return living[chosen].group
+        chosen, made = _make(chosen, backend, strict, living, keywords)
+        if made is None:
             if strict:
                 raise ConfigError(_not_configured(backend))
             single: concurrent.futures.Future[CoreGroup] = concurrent.futures.Future()
             single.set_result(CoreGroup(None, [0], 0, "singleton", hash64("singleton")))
             return single
-        log.configure(os.environ, ring.rank)
-        _world = World(ring)
-        _formed = None
-        _future = _world.start()
-        return _future
+        log.configure(os.environ, made.rank)
+        _started.pop(chosen, None)
+        _started[chosen] = _Started(made, made.start())
+        if _first not in living:
+            _first, _formed = chosen, None
+        return _started[chosen].group
+
+
+def _make(
+    chosen: str | None, backend: str, strict: bool, living: dict[str, _Started], keywords: dict[str, Any]
+) -> tuple[str, World | None]:
+    """Return which backend it will be and its world, None where nothing configures one."""
+    if chosen == "ring":
+        ring = config.resolve_ring(**keywords)
+        if ring is not None:
+            return "ring", World(ring)
+        if backend == "any" and backends.numbered_by_mpi() and backends.is_available("mpi"):
+            chosen = "mpi"
+    if chosen == "mpi" or (chosen == "ring" and "mpi" in living):
+        from rt import mpi_world
+
+        if chosen == "ring":  # its ranks have met already
+            return "ring", mpi_world.ring(keywords)
+        return "mpi", mpi_world.make(strict and backend == "mpi", keywords)
+    return "", None
 
 
 def _failed(future: concurrent.futures.Future[CoreGroup]) -> bool:
@@ -398,35 +440,38 @@ def _not_configured(backend: str) -> str:
 
 
 def current() -> CoreGroup | None:
-    """Return the world's group if it has formed, also when it has failed or closed since."""
+    """Return the group of the world that calls without ``group=`` mean, if it has formed, also when it has failed or closed since."""
     global _formed
-    if _formed is None and _future is not None and _future.done() and not _failed(_future):
-        _formed = _future.result()
+    if _formed is None and _first:
+        future = _started[_first].group
+        if future.done() and not _failed(future):
+            _formed = future.result()
     return _formed
 
 
-def current_world() -> World | None:
-    """Return the world that was started last."""
-    return _world
+def worlds() -> list[World]:
+    """Return the worlds that were started last, of every backend, the one that calls without ``group=`` mean first."""
+    return [each.world for name, each in sorted(_started.items(), key=lambda item: item[0] != _first)]
 
 
 def end() -> None:
-    """Close the world that was started last, formed or not."""
-    if _world is not None and not _world.orphan:
-        if _future is not None and not _future.done():
-            _future.cancel()
-        with contextlib.suppress(RTError):
-            _world.close()
+    """Close the worlds that were started last, formed or not."""
+    for world, group in list(_started.values()):
+        if not world.orphan:
+            if not group.done():
+                group.cancel()
+            with contextlib.suppress(RTError):
+                world.close()
 
 
 def _after_fork() -> None:
     global _lock
     _lock = threading.Lock()
-    if _world is not None:
-        _world.abandon()
+    for each in _started.values():
+        each.world.abandon()
 
 
 atexit.register(end)
 os.register_at_fork(after_in_child=_after_fork)
 
-__all__ = ["GroupClosedError", "World", "current", "current_world", "end", "start"]
+__all__ = ["GroupClosedError", "World", "current", "end", "start", "worlds"]

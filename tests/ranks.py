@@ -118,14 +118,18 @@ class Ranks:
         module = sys.modules[body.__module__]
         assert module.__file__ is not None
         job = (os.path.abspath(module.__file__), body.__qualname__, front, tuple(args), init)
+        try:
+            self._begin(n, {"RT_SHM": os.environ.get("RT_SHM", str(int(front in _SHARING))), **(env or {})}, job)
+        except BaseException:
+            self._kill()
+            raise
+
+    def _begin(self, n: int, env: dict[str, str | None], job: Any) -> None:
+        """Start the processes and send each its job."""
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            try:
-                for rank in range(n):
-                    self._start(rank, n, listener, {"RT_SHM": os.environ.get("RT_SHM", str(int(front in _SHARING))), **(env or {})})
-                    self._connections[rank].send(job)
-            except BaseException:
-                self._kill()
-                raise
+            for rank in range(n):
+                self._start(rank, n, listener, env)
+                self._connections[rank].send(job)
 
     def _start(self, rank: int, size: int, listener: socket.socket, env: dict[str, str | None]) -> None:
         ours, theirs = socket.socketpair()
@@ -259,18 +263,24 @@ def succeeded(outcomes: Sequence[Outcome]) -> list[Any]:
 
 
 def _environment(rank: int, size: int, listener: socket.socket, secret: str, extra: dict[str, str | None]) -> dict[str, str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN) and name not in ("RANK", "WORLD_SIZE")}
+    env = bare_environment()
     host, port = listener.getsockname()
     env |= {"RT_RANK": str(rank), "RT_WORLD_SIZE": str(size), "RT_COORDINATOR": f"{host}:{port}", "RT_SECRET": secret}
-    env["OPENBLAS_NUM_THREADS"] = "1"  # the ranks share the cores
     if rank == 0:
         env["RT_COORDINATOR_FD"] = str(listener.fileno())
-    for name, value in extra.items():
-        if value is None:
-            env.pop(name, None)
-        else:
-            env[name] = value
+    return changed(env, extra)
+
+
+def bare_environment() -> dict[str, str]:
+    """Return this process' environment without what would configure ranks."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN) and name not in ("RANK", "WORLD_SIZE")}
+    env["OPENBLAS_NUM_THREADS"] = "1"  # the ranks share the cores
     return env
+
+
+def changed(env: dict[str, str], extra: dict[str, str | None]) -> dict[str, str]:
+    """Return an environment with variables set, or removed where None."""
+    return {name: value for name, value in {**env, **extra}.items() if value is not None}
 
 
 # -- in the rank --------------------------------------------------------------------------------------------------------------------------
@@ -335,8 +345,12 @@ async def in_order(works: Sequence[Awaitable[Any]]) -> list[Any]:
 
 def _rank(fd: int) -> None:
     """The whole life of a rank process."""
+    live(Connection(fd))
+
+
+def live(connection: Connection) -> None:
+    """Do what comes on the connection, and tell how it went."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts the tests in the background ignores it, and so would we
-    connection = Connection(fd)
     unhandled: list[str] = []
     _watch(unhandled)
     path, name, front, args, init = connection.recv()

@@ -85,7 +85,7 @@ async def use_the_loop() -> tuple[str, bool, float]:
 
 async def body_of_loops(_rt: Any, _group: Any, ctl: ranks.Ctl, debug: bool | None) -> Any:
     found = rt.run(use_the_loop(), debug=debug)
-    return (*found, rt.world.current_world().closed)  # type: ignore[attr-defined]
+    return (*found, rt.world.worlds()[0].closed)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("debug", [None, True])

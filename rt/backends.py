@@ -1,0 +1,71 @@
+"""Which backends there are, which can be used here, and which one ``init`` takes.
+
+May live here: the names of backends, what each needs, the choice. May not: what configures a backend (``config`` and the backends' own
+files), anything that initialises a library.
+"""
+
+from __future__ import annotations
+
+import os
+
+from rt.config import RANK_AND_SIZE, Environ
+from rt.errors import ConfigError
+
+BACKENDS = ("any", "mpi", "nccl", "jaccl", "ring")
+
+
+def choose_backend(backend: str, environ: Environ = os.environ, strict: bool = False) -> str | None:
+    """Return which backend ``init`` should try: the name asked for, or for ``any`` that of ``RT_BACKEND``, else the best available.
+
+    Returns:
+        A concrete backend that is available, or None where a named one is not and ``strict`` is false (then ``init`` makes a singleton,
+        as MLX does). Whether it is *configured* is not looked at here.
+
+    Raises:
+        ValueError: unknown backend.
+        TypeError: ``strict`` is no bool.
+        ConfigError: ``RT_BACKEND`` names an unknown or missing backend, or ``backend`` a missing one and ``strict`` is true.
+    """
+    if not isinstance(strict, bool):
+        hint = f"; did you mean backend={strict!r}?" if isinstance(strict, str) else ""
+        raise TypeError(f"strict must be a bool, not {type(strict).__name__}{hint}")
+    if backend not in BACKENDS:
+        known = f"{', '.join(map(repr, BACKENDS[:-1]))} and {BACKENDS[-1]!r}"
+        raise ValueError(f"[distributed] The only valid values for backend are {known} but {backend!r} was provided.")
+    if backend != "any":
+        return _if_available(backend, strict, f"keyword backend: found {backend!r}")
+    wanted = environ.get("RT_BACKEND", "any")
+    if wanted not in BACKENDS:
+        raise ConfigError(f"RT_BACKEND: found {wanted!r}, expected one of {', '.join(BACKENDS)}")
+    return "ring" if wanted == "any" else _if_available(wanted, True, f"RT_BACKEND: found {wanted!r}")
+
+
+def is_available(backend: str = "any") -> bool:
+    """Say whether a backend can be used here; False for unknown names, as in MLX. Nothing is initialised (no ``MPI_Init``)."""
+    return backend in BACKENDS and not unavailable(backend)
+
+
+def unavailable(backend: str) -> str:
+    """Return why a backend cannot be used here and what to do about it, "" if it can."""
+    if backend in ("any", "ring"):
+        return ""
+    if backend == "mpi":
+        from transports import mpi
+
+        return mpi.missing()
+    return "which this version does not have yet, expected 'ring' or 'mpi'"
+
+
+def numbered_by_mpi(environ: Environ = os.environ) -> bool:
+    """Say whether ``mpirun``, ``mpiexec`` or the like started this process as one of several."""
+    sizes = (environ.get(size, "") for _, size in RANK_AND_SIZE[:2])
+    return any(size.isdigit() and int(size) > 1 for size in sizes)
+
+
+def _if_available(backend: str, strict: bool, found: str) -> str | None:
+    why = unavailable(backend)
+    if not why:
+        return backend
+    if strict:
+        raise ConfigError(f"{found}, {why}")
+    return None

@@ -1,0 +1,354 @@
+"""A group whose arrays travel by MPI.
+
+May live here: what a checked call becomes in flight there, in both front ends. May not: MPI's words (``transports.mpi``), how it is waited
+for (``mpi_waiting``), how the ranks meet (``mpi_world``).
+
+All that is not a collective or message of arrays is as in any group: control, failures, objects, splits. So the group has the ring's
+links, too. A call that blocks is MPI's blocking function, which is faster than a request and a wait, and which MPI does not match with
+requests: all ranks must make a call in the same front end. Small and large calls have a communicator each: only within one does their
+order count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from rt import _fastpath
+from rt.aio import BUDGET_BYTES, LoopDriver, Work
+from rt.dtypes import ITEMSIZE
+from rt.errors import GroupBrokenError, RTError
+from rt.group import Call, CoreGroup, Ready
+from rt.mpi_waiting import LOOP_BYTES, Driver, Request, Worker, patiently
+from rt.schedule import Collective
+from transports.mpi import Wording, message_pieces, travels
+
+if TYPE_CHECKING:
+    from rt.mpi_world import MpiWorld
+
+_AT_ONCE_BYTES = 65536  # a send of less is over when it was called, as on the ring
+_LAST_WORDS_SECONDS = 0.5  # between the message of a process that must end and its end: others have theirs to say
+_LOOK_SECONDS = 0.1
+_P2P = (Collective.SEND, Collective.RECV)
+_OF_A_BLOCK = (Collective.ALL_GATHER, Collective.GATHER)  # their shape is one rank's
+
+Array = np.ndarray[Any, Any]
+Comms = concurrent.futures.Future[tuple[Any, Any]]
+
+
+class MpiGroup(CoreGroup):
+    """Some ranks of an MPI world.
+
+    Args:
+        comms: will hold the communicators for small and for large calls.
+    """
+
+    world: MpiWorld
+
+    def __init__(
+        self, world: MpiWorld, ranks: Any, rank: int, name: str, identity: int, timeout: float | None, comms: Comms
+    ) -> None:
+        super().__init__(world, ranks, rank, name, identity, timeout)
+        self.reductions = cast(Any, Reductions(self))
+        self._made = comms
+        self._wording = Wording(world.words, rank, self.size)
+        self._worker = Worker(name)
+        self._described: dict[Call, tuple[bytes, str]] = {}
+        self._numbers: dict[tuple[Collective, int, int], int] = {}
+        self.flying: set[Work] = set()  # by MPI
+        self._blocked: dict[int, Work] = {}  # by thread, what it waits for inside MPI
+        self._face = _Blocking(self, None)
+
+    # -- submitting
+
+    def submit(self, what: str, call: Call, source: Any, target: Any, work: Work, budget: int = BUDGET_BYTES) -> None:
+        """Start ``work``; arguments are checked by now. Raises the group's error if it is broken or closed."""
+        if not travels(call):
+            super().submit(what, call, source, target, work, budget)
+            return
+        _, work.about = self._described.get(call) or self._describe(call)
+        work.what = what
+        if self.failure is not None:
+            raise self.failure(work, True)
+        channel = (call.kind, call.root, call.tag) if call.kind in _P2P else (Collective.BARRIER, 0, 0)
+        work.sequence = self._numbers[channel] = self._numbers.get(channel, -1) + 1
+        self.flying.add(work)
+        self._carry(call, source, target, work)
+
+    def ready(self, call: Call) -> Ready:
+        """Return what carries out a call that goes over the links; of others the call itself, for ``Reductions``."""
+        return cast(Ready, call) if travels(call) else super().ready(call)
+
+    def _describe(self, call: Call) -> tuple[bytes, str]:
+        """Return the signature of a call, and it in words."""
+        found = self._described[call] = self.signature_of(call, "mpi"), self.about(call)
+        return found
+
+    def _carry(self, call: Call, source: Any, target: Any, work: Work) -> None:
+        """Begin a call that is awaited."""
+        small, large = self._comms()
+        work.lent = True
+        if call.kind in _P2P:
+            self._message(small, call, source, target, work)
+        elif self._is_large(call):
+            self._worker.put(lambda: self._carry_large(large, call, source, target, work))
+        else:
+            exchange = self._wording.say(call, source, target)
+            request = self._guard(work, lambda: exchange.begin(small))
+
+            def end() -> None:
+                if exchange.after is not None:
+                    exchange.after()
+                self._ended(work)
+
+            self._drive(Request(request.Test, end, lambda error: self._mpi_failed(work, error), self._bytes(call), self))
+
+    def _comms(self) -> tuple[Any, Any]:
+        """Return the communicators for small and large calls; of a fresh part of the world they may take a moment."""
+        while True:
+            try:
+                return self._made.result(0 if self._made.done() else _LOOK_SECONDS)
+            except TimeoutError:
+                if self.failure is not None:
+                    raise self.failure(Work(self), True) from None
+
+    def _is_large(self, call: Call) -> bool:
+        """Say whether a call is made by the thread: alike on all ranks, so what a rank alone knows must not decide."""
+        return call.kind is Collective.ALL_TO_ALL_V or self._bytes(call) > LOOP_BYTES
+
+    def _bytes(self, call: Call) -> int:
+        nbytes = ITEMSIZE[call.dtype] * (self.size if call.kind in _OF_A_BLOCK else 1)
+        for side in call.shape:
+            nbytes *= side
+        return nbytes
+
+    def _drive(self, request: Request) -> None:
+        self.world.requests.add(request)
+        loop = asyncio._get_running_loop()
+        if loop is None:
+            self.world.requests.watch()
+        else:
+            self.mpi_driver(loop).ask()
+
+    def _carry_large(self, comm: Any, call: Call, source: Any, target: Any, work: Work) -> None:
+        """In the group's thread: wait for the other ranks, which costs nothing, and then make the call, which costs a core."""
+        try:
+            together = comm.Ibarrier()
+            if patiently(together.Test, lambda: work.state != _fastpath.FLYING):
+                self._inside(work, lambda: self._wording.say(call, source, target).run(comm))
+                self._ended(work)
+        except Exception as error:
+            self._mpi_failed(work, error)
+
+    def _message(self, comm: Any, call: Call, source: Any, target: Any, work: Work) -> None:
+        """Begin to send or receive; a small send is over at once, from a copy."""
+        of = self._wording.words.type(call.dtype)
+        sends = call.kind is Collective.SEND
+        array = source if sends else target
+        at_once = sends and array.nbytes < _AT_ONCE_BYTES
+        function = comm.Isend if sends else comm.Irecv
+        buffers = message_pieces(array.copy() if at_once else array, of)
+        requests = [self._guard(work, lambda buffer=buffer: function(buffer, call.root, call.tag)) for buffer in buffers]  # type: ignore[misc]
+        statuses = [self._wording.words.mpi.Status() for _ in requests]
+
+        def end() -> None:
+            if not sends:
+                self._check_received(work, statuses, buffers)
+            self._ended(work)
+
+        def test() -> bool:
+            return bool(self._wording.words.mpi.Request.Testall(requests, statuses))
+
+        if at_once:
+            self._ended(work)
+            if test():
+                return
+        self._drive(Request(test, end, lambda error: self._mpi_failed(work, error), array.nbytes, self))
+
+    def _check_received(self, work: Work, statuses: list[Any], buffers: list[list[Any]]) -> None:
+        for status, (_, count, of) in zip(statuses, buffers, strict=True):
+            found = status.Get_count(of)
+            if found != count:
+                raise Disagreement(f"received {found} items where {count} were expected")
+
+    # -- ends
+
+    def _guard(self, work: Work, call: Callable[[], Any]) -> Any:
+        """Make a call of MPI; what it raises breaks the group."""
+        try:
+            return call()
+        except Exception as error:
+            self._mpi_failed(work, error)
+            raise self.failure(work) if self.failure is not None else error from None
+
+    def _inside(self, work: Work, call: Callable[[], Any]) -> None:
+        """Make a blocking call of MPI, out of which nobody can get this thread."""
+        thread = threading.get_ident()
+        self._blocked[thread] = work
+        try:
+            call()
+        finally:
+            del self._blocked[thread]
+
+    def _ended(self, work: Work) -> None:
+        if work.state == _fastpath.FLYING:
+            self.flying.discard(work)
+            work.finish(work.result)
+
+    def _mpi_failed(self, work: Work, error: Exception) -> None:
+        """MPI raised: every rank is told."""
+        self.world.mpi_failed(self, work, error)
+
+    # -- waiting
+
+    def driver(self, loop: asyncio.AbstractEventLoop) -> LoopDriver:
+        """Return what moves this group in ``loop``: it tests MPI's requests, and drives the ring's links."""
+        return cast(LoopDriver, self.mpi_driver(loop))
+
+    def mpi_driver(self, loop: asyncio.AbstractEventLoop) -> Driver:
+        """Return the driver of this world's requests in ``loop``, attached now if it is new."""
+        found = self.world.mpi_drivers.get(loop)
+        if found is None:
+            found = self.world.mpi_drivers[loop] = Driver(super().driver(loop), self.world.requests)
+        return found
+
+    def blocking(self, limit: float | None) -> CoreGroup:
+        """Return this group as calls see it that block, for at most ``limit`` seconds."""
+        return self._face if limit is None else _Blocking(self, limit)
+
+    def block(self, work: Work) -> bool:
+        """Wait in this thread for a work that MPI moves; False: the engine moves it."""
+        if not cast(Work, work.pending()).lent:
+            return False
+        requests = self.world.requests
+
+        def test() -> bool:
+            requests.poll()
+            return work.state != _fastpath.FLYING
+
+        return patiently(test, lambda: False)
+
+    def in_flight(self) -> int:
+        """Number of works of this process that have not ended."""
+        return super().in_flight() + len(self.world.requests)
+
+    # -- failing
+
+    def fail(self, failure: Callable[..., RTError]) -> None:
+        """Break the group for good, from any thread. What MPI has begun cannot be taken back: its memory stays MPI's."""
+        super().fail(failure)
+        self.world.requests.give_up(self)
+        for work in list(self.flying):
+            self.flying.discard(work)
+            if work.state == _fastpath.FLYING:
+                work.fail(self.failure or failure)
+        stuck = [work for work in self._blocked.values() if work.state != _fastpath.DONE]
+        if stuck:
+            self._end_process([(self.failure or failure)(work) for work in stuck])
+
+    def _end_process(self, errors: list[RTError]) -> None:
+        """Threads are inside a call of MPI that will not return: say why, and end."""
+        if not any(isinstance(error, GroupBrokenError) for error in errors):
+            return
+        for error in errors:
+            text = f"[rt] {type(error).__name__}: {error}; a blocking call of MPI cannot be undone: this process ends"
+            print(text, file=sys.stderr, flush=True)
+        timer = threading.Timer(_LAST_WORDS_SECONDS, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+
+
+class _Blocking(MpiGroup):
+    """An MPI group as calls see it that block: it shares all of the group's state, and makes MPI's blocking calls."""
+
+    __slots__ = ("_limit",)
+
+    def __init__(self, group: MpiGroup, limit: float | None) -> None:
+        self.__dict__ = group.__dict__
+        self._limit = limit
+
+    def _carry(self, call: Call, source: Any, target: Any, work: Work) -> None:
+        small, large = self._comms()
+        if self._limit is not None:
+            self.world.limit(work, self._limit)
+        if call.kind in _P2P:
+            self._message(small, call, source, target, work)
+            return
+        comm = large if self._is_large(call) else small
+
+        def carry() -> None:
+            self._inside(work, lambda: self._wording.say(call, source, target).run(comm))
+
+        if comm is large and self._worker.busy:  # its calls came first
+            ended = threading.Event()
+            self._worker.put(lambda: self._in_turn(work, carry))
+            self._worker.put(ended.set)
+            ended.wait()
+        else:
+            self._guard(work, carry)
+            self._ended(work)
+
+    def _in_turn(self, work: Work, carry: Callable[[], None]) -> None:
+        try:
+            if work.state == _fastpath.FLYING:
+                carry()
+                self._ended(work)
+        except Exception as error:
+            self._mpi_failed(work, error)
+
+    def _message(self, comm: Any, call: Call, source: Any, target: Any, work: Work) -> None:
+        sends = call.kind is Collective.SEND
+        # Half of an exchange must not block: the other half comes after it.
+        if sends and (source.nbytes < _AT_ONCE_BYTES or work.what == "sendrecv"):
+            super()._message(comm, call, source, target, work)
+            return
+        buffers = message_pieces(source if sends else target, self._wording.words.type(call.dtype))
+        statuses = [] if sends else [self._wording.words.mpi.Status() for _ in buffers]
+
+        def carry() -> None:
+            for buffer in buffers if sends else ():
+                comm.Send(buffer, call.root, call.tag)
+            for buffer, status in zip(buffers, statuses, strict=False):
+                comm.Recv(buffer, call.root, call.tag, status)
+            if not sends:
+                self._check_received(work, statuses, buffers)
+
+        self._guard(work, lambda: self._inside(work, carry))
+        self._ended(work)
+
+    def _drive(self, request: Request) -> None:
+        self.world.requests.add(request)
+        self.world.requests.watch()
+
+
+class Disagreement(Exception):
+    """A message was not what its receiver expected."""
+
+
+class Reductions:
+    """The all-reduces of one group that were made before, as ``_known.pxi`` has them for the ring: here those that block."""
+
+    def __init__(self, group: MpiGroup) -> None:
+        self._group = group
+
+    def start(self, x: Any, op: str, out: Any, what: str, budget: int) -> None:
+        """Every awaited call goes the long way: beside the turns of a loop it costs little."""
+
+    def run(self, x: Any, op: str, out: Any, what: str, spin: float) -> Work | None:
+        return None
+
+    def remember(self, x: Any, op: str, out: Any, ready: Any) -> None:
+        """Keep what a call that was checked needs."""
+
+    def forget(self) -> None:
+        """Forget every call."""
+
+    def break_off(self, failure: Callable[..., BaseException]) -> None:
+        """Find no call any more."""

@@ -1,0 +1,229 @@
+"""A world whose ranks MPI has started and numbered.
+
+May live here: how such ranks meet, their communicators, what MPI's failures mean to the world, its end. May not: collectives
+(``mpi_group``), MPI's words (``transports.mpi``).
+
+MPI itself carries what the ranks need to meet as any others do: rank 0's address and a secret. So a dead rank, ``abort()``, time-outs and
+disagreements are found and told by the control connections, and objects and splits go over the ring's links.
+"""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+import weakref
+from typing import Any
+
+from rt import config
+from rt import world as worlds
+from rt.aio import Work
+from rt.blame import Report
+from rt.bootstrap import HostInfo
+from rt.errors import ConfigError, GroupBrokenError, MismatchError, ProtocolError, RendezvousError
+from rt.group import CoreGroup, hash64
+from rt.mpi_group import Disagreement, MpiGroup
+from rt.mpi_waiting import Requests, patiently
+from rt.secret import KEY_BYTES, Secret, resolve_secret
+from transports import mpi
+
+_PATIENCE_SECONDS = 0.5  # until an error of MPI is taken for the cause of a failure: a death is heard of within that
+_LEAVE_SECONDS = 5.0
+_GIVEN_SECRETS = ("RT_SECRET_FD", "RT_SECRET_FILE", "RT_SECRET")
+_ALONE = "[mpi] The world has a single process. Launch with mpirun to initialize the mpi backend."
+_log = logging.getLogger("rt")
+_words: mpi.Words | None = None
+_meeting = threading.Lock()  # ranks meet in the order in which they call init, one world after the other
+
+
+class MpiWorld(worlds.World):
+    """One engine, one control thread, MPI, and the groups on them.
+
+    Args:
+        settings: without a place to meet.
+        words: of the library.
+        carries: whether arrays travel by MPI; if not its ranks only meet by it, and all goes over the ring's links.
+    """
+
+    def __init__(self, settings: config.RingConfig, words: mpi.Words, carries: bool) -> None:
+        super().__init__(settings)
+        self.words = words
+        self.requests = Requests()
+        self.mpi_drivers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._carries = carries
+        self._comms: tuple[Any, Any] | None = None
+        self.whole = True  # when it was left: no failure keeps ranks from ending MPI together
+
+    # -- meeting
+
+    def _begin(self, future: concurrent.futures.Future[CoreGroup]) -> None:
+        threading.Thread(target=self._meet_by_mpi, args=(future,), name="rt-mpi meeting", daemon=True).start()
+
+    def _meet_by_mpi(self, future: concurrent.futures.Future[CoreGroup]) -> None:
+        """In a thread of its own: tell each other by MPI where to meet."""
+        try:
+            with _meeting:
+                ring = self._find_each_other(future)
+            self._identity = hash64("world", ring.job)
+            self._meet(ring, future)
+        except BaseException as error:
+            if not future.cancelled():
+                future.set_exception(error)
+
+    def _find_each_other(self, future: concurrent.futures.Future[CoreGroup]) -> config.RingConfig:
+        until = time.monotonic() + self._ring.connect_timeout
+        small, all_here = self.words.mpi.COMM_WORLD.Idup()
+        if not patiently(all_here.Test, lambda: future.cancelled() or time.monotonic() > until):
+            raise RendezvousError(
+                f"rank {self.rank}/{self.size}: not all ranks that MPI started called init(backend='mpi') within "
+                f"{self._ring.connect_timeout:g} s; MPI does not say which did"
+            )
+        large = small.Dup()
+        self._comms = small, large
+        mine = HostInfo.mine()
+        hosts = small.allgather((mine.hostname, mine.boot_id))
+        listener, place = None, None
+        if self.rank == 0:
+            listener = socket.create_server((_address_for(hosts), 0), backlog=self.size)
+            place = (*listener.getsockname()[:2], self._ring.secret.key, secrets.token_hex(16))
+        host, port, key, job = small.bcast(place)
+        fd = listener.detach() if listener is not None else None
+        return dataclasses.replace(self._ring, coordinator=(host, port), coordinator_fd=fd, secret=Secret(key, "MPI"), job=job)
+
+    # -- groups
+
+    def _make_group(self, ranks: Any, rank: int, name: str, identity: int, timeout: float | None) -> CoreGroup:
+        if not self._carries:
+            return super()._make_group(ranks, rank, name, identity, timeout)
+        comms: concurrent.futures.Future[tuple[Any, Any]] = concurrent.futures.Future()
+        if name == "world":
+            comms.set_result(self._comms)  # type: ignore[arg-type]
+        elif len(ranks) > 1:
+            threading.Thread(target=self._split_off, args=(list(ranks), identity, comms), name=f"rt-mpi {name}", daemon=True).start()
+        return MpiGroup(self, ranks, rank, name, identity, timeout, comms)
+
+    def _split_off(self, ranks: list[int], identity: int, comms: concurrent.futures.Future[tuple[Any, Any]]) -> None:
+        """In a thread of its own: make the communicators of a part of the world, when all its ranks have come here.
+
+        Not by ``MPI_Comm_split``, which all ranks of the world would have to call in one order, and whose colours and keys have 31 bits.
+        """
+        try:
+            parent = self._comms[0]  # type: ignore[index]
+            most = parent.Get_attr(self.words.mpi.TAG_UB)
+            small = parent.Create_group(parent.Get_group().Incl(ranks), identity % most)
+            comms.set_result((small, small.Dup()))
+        except Exception as error:
+            comms.set_exception(error)
+
+    # -- failures
+
+    def limit(self, work: Work, seconds: float) -> None:
+        """Give a work that blocks that many seconds."""
+        assert self.control is not None
+        self.control.later(seconds, self.timed_out, work, seconds)
+
+    def mpi_failed(self, group: MpiGroup, work: Work, error: Exception) -> None:
+        """A call of MPI raised; all ranks of the group are told."""
+        differs = isinstance(error, Disagreement) or getattr(error, "Get_error_class", int)() == self.words.mpi.ERR_TRUNCATE
+        if not differs:  # the death of a rank is heard of by itself, and says more
+            until = time.monotonic() + _PATIENCE_SECONDS
+            while group.failure is None and time.monotonic() < until:
+                time.sleep(0.01)
+        kind: type[GroupBrokenError] = MismatchError if differs else ProtocolError
+        text = f"MPI on rank {self.rank}: {str(error).strip()}"
+        self._report(Report("mismatch" if differs else "protocol", group.identity, work.sequence, -1, work.describe(), text))
+        group.fail(group.broken(kind, None, text))
+
+    # -- leaving
+
+    def leave(self) -> None:
+        """Leave in order, when own works have ended; at most about 16 s. Idempotent."""
+        if not (self.closed or self.orphan):
+            self.whole = not self.broken
+            until = time.monotonic() + _LEAVE_SECONDS
+            if self.whole:
+                patiently(self._nothing_open, lambda: time.monotonic() > until)
+        super().leave()
+
+    def _nothing_open(self) -> bool:
+        self.requests.poll()
+        return not len(self.requests)
+
+
+def make(strict: bool, keywords: dict[str, Any]) -> MpiWorld | None:
+    """Return the world of the processes that MPI started, None if there is only this one.
+
+    Raises:
+        ConfigError: MPI cannot be loaded, does not fit the launcher, or, if ``strict``, this is the only process.
+    """
+    loaded = load()
+    size = loaded.mpi.COMM_WORLD.Get_size()
+    launched = next((int(os.environ[name]) for _, name in config.RANK_AND_SIZE[:2] if os.environ.get(name, "").isdigit()), 1)
+    if size == 1 and launched > 1:
+        raise ConfigError(
+            f"backend 'mpi': a launcher started {launched} processes, but {mpi.name_of(loaded.mpi)} "
+            f"({os.environ.get('MPI4PY_LIBMPI')}) found this one alone: launcher and library are of different MPIs; set RT_MPI_LIBNAME to "
+            "the libmpi of that launcher, or start with the mpirun of that library"
+        )
+    if size == 1:
+        if strict:
+            raise ConfigError(_ALONE)
+        return None
+    return _settled(loaded, keywords, True)
+
+
+def ring(keywords: dict[str, Any]) -> MpiWorld:
+    """Return a world of the same processes whose arrays travel over the ring's links."""
+    return _settled(load(), keywords, False)
+
+
+def load() -> mpi.Words:
+    """Return MPI's words, initialised once."""
+    global _words
+    if _words is None:
+        _words = mpi.Words(mpi.load())
+        atexit.register(_finish)
+    return _words
+
+
+def _settled(loaded: mpi.Words, keywords: dict[str, Any], carries: bool) -> MpiWorld:
+    comm = loaded.mpi.COMM_WORLD
+    given = keywords.pop("secret", None)
+    keywords = {name: value for name, value in keywords.items() if name in ("connections_per_ip", "connect_timeout", "timeout", "shm")}
+    told = given is not None or any(name in os.environ for name in _GIVEN_SECRETS)
+    secret = resolve_secret(given, [], os.environ) if told else Secret(secrets.token_bytes(KEY_BYTES), "MPI")
+    source = f"{mpi.name_of(loaded.mpi)}'s launcher"
+    return MpiWorld(config.resolve_numbered(comm.Get_rank(), comm.Get_size(), source, secret, **keywords), loaded, carries)
+
+
+def _address_for(hosts: list[tuple[str, str]]) -> str:
+    """Return an address of this host by which the others can reach it."""
+    other = next((name for name, boot in hosts if (name, boot) != hosts[0]), None)
+    if other is None:
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((other, 9))  # sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()
+
+
+def _finish() -> None:
+    """At exit: leave the worlds, and MPI in order, unless a failure keeps others from coming there too."""
+    worlds.end()
+    assert _words is not None
+    ours = sys.modules["mpi4py"].rc.finalize is False  # who initialised MPI ends it
+    whole = all(world.whole for world in worlds.worlds() if isinstance(world, MpiWorld))
+    if ours and whole and not _words.mpi.Is_finalized():
+        _words.mpi.Finalize()
+
+
+__all__ = ["MpiWorld", "load", "make", "ring"]

@@ -1,0 +1,96 @@
+"""The behaviour of groups on backend ``mpi``, under each MPI library: what the ring's suite asserts, with its bodies.
+
+May live here: which bodies of other test modules run on MPI, and how large; what only MPI has. May not: bodies that the ring runs too
+(they stay in their modules), failures (``test_mpi_failures``), the launcher (``test_mpi_launch``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import test_collectives
+import test_concurrency
+import test_family
+import test_fused
+import test_gradients
+import test_objects
+from mpi import libraries, results
+
+fronts = pytest.mark.parametrize("front", ["sync", "asyncio"])
+
+
+async def sums(rt: Any, group: Any, ctl: Any) -> str:
+    """Of every way a call can take: at once, in turns of the loop, by the group's thread, in place."""
+    me, size = group.rank(), group.size()
+    for count in (1, 1000, 300_000, 3_000_000):
+        x = np.arange(count, dtype=np.float32) % 100 + me
+        expected = (np.arange(count, dtype=np.float32) % 100) * size + sum(range(size))
+        assert np.array_equal(await rt.all_sum(x), expected), count
+        out = np.empty_like(x)
+        for _ in range(3):
+            assert await rt.all_sum(x, out=out) is out
+            assert np.array_equal(out, expected), count
+        assert await rt.all_sum(x, out=x) is x
+        assert np.array_equal(x, expected), count
+    return type(group.real._core if ctl.front == "sync" else group._core).__name__
+
+
+@libraries
+@fronts
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_reduce(library: str, front: str, size: int) -> None:
+    assert results(size, sums, library=library, front=front) == ["MpiGroup"] * size
+
+
+SUITE: list[tuple[Callable[..., Any], int, tuple[Any, ...]]] = [
+    (test_collectives.every_reduction, 1, (((7,),),)),
+    (test_collectives.every_reduction, 2, (test_collectives.SHAPES,)),
+    (test_collectives.every_reduction, 3, (((7,), (1003,)),)),
+    (test_collectives.every_reduction, 4, (((7,), (1003,)),)),
+    (test_collectives.every_move, 3, ()),
+    (test_collectives.large, 2, ()),
+    (test_collectives.corners, 4, ()),
+    (test_collectives.zeros, 3, ()),
+    (test_collectives.halves, 4, ()),
+    (test_collectives.arithmetic, 2, ()),
+    (test_collectives.any_memory, 2, ()),
+    (test_collectives.scalars, 2, ()),
+    (test_collectives.outputs, 3, ()),
+    (test_collectives.overlaps, 2, ()),
+    (test_collectives.neighbours_in_memory, 2, ()),
+    (test_family.plain, 3, (test_family.ROWS, 0)),
+    (test_family.every_dtype, 3, ()),
+    (test_family.halves, 4, ()),
+    (test_family.sub_groups, 4, ()),
+    (test_family.refusals, 2, ()),
+    (test_family.counted, 3, (0,)),
+    (test_family.counts_refused, 2, ()),
+    (test_family.prefixes, 4, ()),
+    (test_family.around, 3, ()),
+    (test_concurrency.tags, 3, ()),
+    (test_concurrency.exchange, 2, ((0, 1, 16_383),)),
+    (test_concurrency.large_send, 3, ()),
+    (test_concurrency.many_in_flight, 3, ()),
+    (test_concurrency.hundred, 3, ()),
+    (test_concurrency.opposite, 2, ()),
+    (test_concurrency.splits, 4, ()),
+    (test_concurrency.split_order, 2, ()),
+    (test_concurrency.concurrent_groups, 4, ()),
+    (test_fused.sums, 3, ()),
+    (test_fused.outs, 2, ()),
+    (test_gradients.trees, 2, ()),
+    (test_gradients.of_groups, 3, ()),
+    (test_objects.every_call, 3, (test_objects.BYTES[:6],)),
+    (test_objects.in_call_order, 2, (1,)),
+    (test_objects.two_threads, 2, ()),
+]
+
+
+@libraries
+@fronts
+@pytest.mark.parametrize(("body", "size", "args"), SUITE, ids=[f"{b.__module__[5:]}.{b.__name__}-{n}" for b, n, _ in SUITE])
+def test_as_on_the_ring(library: str, front: str, body: Callable[..., Any], size: int, args: tuple[Any, ...]) -> None:
+    results(size, body, library=library, front=front, args=args)
