@@ -32,6 +32,7 @@ from transports.relay import RELAY_ACK, RELAY_DATA, Relay, RelayPipe
 __all__ = ["Control", "Report", "Verdict"]
 
 _REPORT, _VERDICT, _BYE, _BYE_HEARD = 2, 3, 4, 5  # 1 is tcp.JSON, 6 and 7 are the relay's, 8 and 9 rt._inquiry's
+_CALLS = 10
 _RANK = struct.Struct("!I")
 _LAST_WORDS_SECONDS = 0.1  # between the end of a process and the last message it sent
 _FLUSH_SECONDS = 0.5
@@ -77,6 +78,7 @@ class Control:
         self._judge = Judge(config.rank == 0, self._loop, self._decide)
         self._relay = Relay(config.rank, config.size, self._send, self._post, on_relay_wake)
         self._inquiry = Inquiry(config.rank, config.size, self._send, lambda rank: rank in self._peers, on_ask or _status.process)
+        self.on_calls: Callable[[bytes], None] = lambda payload: None  # what a rank tells that it called; in the control thread
         self._door: _status.Door | None = None
         self._missing: Callable[[], list[str]] = list
         self._peers: dict[int, _Peer] = {}
@@ -120,6 +122,13 @@ class Control:
     def report(self, report: Report) -> None:
         """Flood a local suspicion and have it judged. Any thread; never blocks; does nothing after ``close``."""
         self._post(self._hear, report, None)
+
+    def tell_calls(self, payload: bytes) -> None:
+        """Tell rank 0 what this rank called, if they are connected. In the control thread."""
+        if self._rank == 0:
+            _guarded(self.on_calls, payload)
+        else:
+            self._send(0, _CALLS, payload)
 
     def later(self, seconds: float, function: Callable[..., None], *arguments: Any) -> None:
         """Have a function called in the control thread after some seconds. Any thread; nothing happens once the thread has ended."""
@@ -305,6 +314,8 @@ class Control:
             peer.knows.set()
         elif kind in (RELAY_DATA, RELAY_ACK):
             self._relay.on_frame(kind, payload)
+        elif kind == _CALLS:
+            _guarded(self.on_calls, payload)
         elif kind in (ASK, TELL):
             self._inquiry.on_frame(kind, payload)
         else:

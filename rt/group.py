@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rt.world import World
 
 _SIGNATURE = struct.Struct("=IBBBBQiIQQ3Q")
+SIGNATURE_BYTES = _SIGNATURE.size
 _PLANS_MOST = 4096
 _PLAIN_DIMS = 3
 _OF_OBJECTS = 0x40  # in the kind of a signature: the call moves objects

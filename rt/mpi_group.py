@@ -17,18 +17,18 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 
-from rt import _fastpath
+from rt import _fastpath, mpi_calls
 from rt.aio import BUDGET_BYTES, LoopDriver, Work
-from rt.dtypes import ITEMSIZE
-from rt.errors import GroupBrokenError, RTError
+from rt.dtypes import HALF, ITEMSIZE, Op
+from rt.errors import GroupBrokenError, PeerLostError, RTError
 from rt.group import Call, CoreGroup, Ready
 from rt.mpi_waiting import LOOP_BYTES, Driver, Request, Worker, patiently
 from rt.schedule import Collective
-from transports.mpi import Wording, message_pieces, travels
+from transports.mpi import ITEMS_MOST, Wording, message_pieces, travels
 
 if TYPE_CHECKING:
     from rt.mpi_world import MpiWorld
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _AT_ONCE_BYTES = 65536  # a send of less is over when it was called, as on the ring
 _LAST_WORDS_SECONDS = 0.5  # between the message of a process that must end and its end: others have theirs to say
 _LOOK_SECONDS = 0.1
+_KNOWN_MOST = 64
 _P2P = (Collective.SEND, Collective.RECV)
 _OF_A_BLOCK = (Collective.ALL_GATHER, Collective.GATHER)  # their shape is one rank's
 
@@ -51,6 +52,7 @@ class MpiGroup(CoreGroup):
     """
 
     world: MpiWorld
+    _front = "await"
 
     def __init__(
         self, world: MpiWorld, ranks: Any, rank: int, name: str, identity: int, timeout: float | None, comms: Comms
@@ -60,10 +62,13 @@ class MpiGroup(CoreGroup):
         self._made = comms
         self._wording = Wording(world.words, rank, self.size)
         self._worker = Worker(name)
-        self._described: dict[Call, tuple[bytes, str]] = {}
-        self._numbers: dict[tuple[Collective, int, int], int] = {}
+        self._described: dict[tuple[Call, str], tuple[bytes, str]] = {}  # by call and front end
+        self._messages: dict[tuple[Collective, int, int], int] = {}  # how many of a kind, by peer and tag
+        self.count = 0  # of collectives
+        self.called: list[bytes] = []  # signatures of those that were not told to rank 0 yet
+        self._compared = 0  # of those that were
         self.flying: set[Work] = set()  # by MPI
-        self._blocked: dict[int, Work] = {}  # by thread, what it waits for inside MPI
+        self.blocked: dict[int, Work] = {}  # by thread, what it waits for inside MPI
         self._face = _Blocking(self, None)
 
     # -- submitting
@@ -73,28 +78,52 @@ class MpiGroup(CoreGroup):
         if not travels(call):
             super().submit(what, call, source, target, work, budget)
             return
-        _, work.about = self._described.get(call) or self._describe(call)
+        signature, work.about = self.described(call)
         work.what = what
         if self.failure is not None:
             raise self.failure(work, True)
-        channel = (call.kind, call.root, call.tag) if call.kind in _P2P else (Collective.BARRIER, 0, 0)
-        work.sequence = self._numbers[channel] = self._numbers.get(channel, -1) + 1
+        if call.kind in _P2P:
+            channel = call.kind, call.root, call.tag
+            work.sequence = self._messages[channel] = self._messages.get(channel, -1) + 1
+        else:
+            self.note(work, signature)
+        work.lent = True
         self.flying.add(work)
         self._carry(call, source, target, work)
+
+    def note(self, work: Work, signature: bytes) -> None:
+        """Number a collective, and have it compared with what the other ranks called."""
+        work.sequence = self.count
+        self.count += 1
+        self.called.append(signature)
+        if len(self.called) == 1:
+            self.world.compare_soon()
 
     def ready(self, call: Call) -> Ready:
         """Return what carries out a call that goes over the links; of others the call itself, for ``Reductions``."""
         return cast(Ready, call) if travels(call) else super().ready(call)
 
-    def _describe(self, call: Call) -> tuple[bytes, str]:
+    def take_called(self) -> mpi_calls.Told:
+        """Return what was called since the last time."""
+        count = len(self.called)  # another thread may add to them meanwhile
+        told = mpi_calls.Told(self.identity, self.size, self.rank, self._compared, self.called[:count])
+        del self.called[:count]
+        self._compared += count
+        return told
+
+    def described(self, call: Call) -> tuple[bytes, str]:
         """Return the signature of a call, and it in words."""
-        found = self._described[call] = self.signature_of(call, "mpi"), self.about(call)
+        found = self._described.get((call, self._front))
+        if found is None:
+            # What each pair of ranks exchanges in an all-to-all with counts nobody compares; MPI finds out what is too long.
+            same = call._replace(shape=(0, *call.shape[1:]), counts=()) if call.kind is Collective.ALL_TO_ALL_V else call
+            signature = self.signature_of(same._replace(kind=Collective.ALL_TO_ALL) if same is not call else call, f"mpi {self._front}")
+            found = self._described[call, self._front] = signature, self.about(call)
         return found
 
     def _carry(self, call: Call, source: Any, target: Any, work: Work) -> None:
         """Begin a call that is awaited."""
         small, large = self._comms()
-        work.lent = True
         if call.kind in _P2P:
             self._message(small, call, source, target, work)
         elif self._is_large(call):
@@ -185,17 +214,21 @@ class MpiGroup(CoreGroup):
         try:
             return call()
         except Exception as error:
-            self._mpi_failed(work, error)
-            raise self.failure(work) if self.failure is not None else error from None
+            self.raise_for(work, error)
+
+    def raise_for(self, work: Work, error: Exception) -> NoReturn:
+        """Break the group for what MPI raised, and raise the group's error."""
+        self._mpi_failed(work, error)
+        raise self.failure(work) if self.failure is not None else error from None
 
     def _inside(self, work: Work, call: Callable[[], Any]) -> None:
         """Make a blocking call of MPI, out of which nobody can get this thread."""
         thread = threading.get_ident()
-        self._blocked[thread] = work
+        self.blocked[thread] = work
         try:
             call()
         finally:
-            del self._blocked[thread]
+            del self.blocked[thread]
 
     def _ended(self, work: Work) -> None:
         if work.state == _fastpath.FLYING:
@@ -223,6 +256,15 @@ class MpiGroup(CoreGroup):
         """Return this group as calls see it that block, for at most ``limit`` seconds."""
         return self._face if limit is None else _Blocking(self, limit)
 
+    def direct(self, call: Call) -> tuple[Any, ...] | None:
+        """Return what ``Reductions`` needs of an all-reduce that blocks and needs nothing before and after it, None of others."""
+        words = self._wording.words
+        plain = call.dtype not in HALF and call.op is not Op.MEAN and self._bytes(call) <= ITEMS_MOST
+        if self.failure is not None or not plain or not self._made.done():
+            return None
+        comm = self._comms()[self._is_large(call)]
+        return comm.Allreduce, words.op(call.dtype, call.op), *self._face.described(call), words.mpi.IN_PLACE
+
     def block(self, work: Work) -> bool:
         """Wait in this thread for a work that MPI moves; False: the engine moves it."""
         if not cast(Work, work.pending()).lent:
@@ -249,17 +291,21 @@ class MpiGroup(CoreGroup):
             self.flying.discard(work)
             if work.state == _fastpath.FLYING:
                 work.fail(self.failure or failure)
-        stuck = [work for work in self._blocked.values() if work.state != _fastpath.DONE]
-        if stuck:
-            self._end_process([(self.failure or failure)(work) for work in stuck])
+        stuck = [(self.failure or failure)(work) for work in self.blocked.values() if work.state != _fastpath.DONE]
+        if isinstance(error := (self.failure or failure)(Work(self)), GroupBrokenError):
+            self._say(stuck or [error] if isinstance(error, PeerLostError) else stuck)
+            if stuck:
+                self._end_process()
 
-    def _end_process(self, errors: list[RTError]) -> None:
-        """Threads are inside a call of MPI that will not return: say why, and end."""
-        if not any(isinstance(error, GroupBrokenError) for error in errors):
-            return
+    @staticmethod
+    def _say(errors: list[RTError]) -> None:
+        """Say at once what MPI's launcher, which ends the job when a rank is lost, leaves nobody the time to raise."""
         for error in errors:
-            text = f"[rt] {type(error).__name__}: {error}; a blocking call of MPI cannot be undone: this process ends"
-            print(text, file=sys.stderr, flush=True)
+            print(f"[rt] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+    def _end_process(self) -> None:
+        """Threads are inside a call of MPI that will not return, and nobody can get them out."""
+        print(f"[rt] rank {self.rank}/{self.size}: a blocking call of MPI cannot be undone: this process ends", file=sys.stderr, flush=True)
         timer = threading.Timer(_LAST_WORDS_SECONDS, os._exit, [1])
         timer.daemon = True
         timer.start()
@@ -269,6 +315,7 @@ class _Blocking(MpiGroup):
     """An MPI group as calls see it that block: it shares all of the group's state, and makes MPI's blocking calls."""
 
     __slots__ = ("_limit",)
+    _front = "block"
 
     def __init__(self, group: MpiGroup, limit: float | None) -> None:
         self.__dict__ = group.__dict__
@@ -333,22 +380,63 @@ class Disagreement(Exception):
 
 
 class Reductions:
-    """The all-reduces of one group that were made before, as ``_known.pxi`` has them for the ring: here those that block."""
+    """The all-reduces of one group that were made before, as ``_known.pxi`` has them for the ring: here those that block.
+
+    Only what MPI does without help: one call, with nothing before and after it.
+    """
 
     def __init__(self, group: MpiGroup) -> None:
         self._group = group
+        self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def start(self, x: Any, op: str, out: Any, what: str, budget: int) -> None:
         """Every awaited call goes the long way: beside the turns of a loop it costs little."""
 
     def run(self, x: Any, op: str, out: Any, what: str, spin: float) -> Work | None:
-        return None
+        """Make a blocking call that was made before; None if it was not."""
+        if type(x) is not np.ndarray or type(op) is not str:
+            return None
+        known = self._known.get((op, x.dtype, x.shape, out is x))
+        if known is None:
+            return None
+        flags = x.flags
+        if not (flags.c_contiguous and flags.aligned) or asyncio._get_running_loop() is not None:
+            return None
+        all_reduce, operator, signature, about, in_place = known
+        if out is None:
+            target = _fastpath.empty(x.shape, x.dtype)
+        elif out is x or (_fastpath.lies_like(out, x) and _fastpath.lie_apart(out, x)):
+            target = out
+        else:
+            return None
+        group = self._group
+        work = Work(group)
+        work.what, work.about, work.result = what, about, target
+        group.note(work, signature)
+        thread = threading.get_ident()
+        group.blocked[thread] = work
+        try:
+            all_reduce(in_place if out is x else x, target, operator)
+        except Exception as error:
+            group.raise_for(work, error)
+        finally:
+            del group.blocked[thread]
+        work.finish(target)
+        return work
 
     def remember(self, x: Any, op: str, out: Any, ready: Any) -> None:
         """Keep what a call that was checked needs."""
+        if len(self._known) >= _KNOWN_MOST:
+            self._known.clear()
+        found = self._group.direct(ready)
+        if found is not None:
+            self._known[op, x.dtype, x.shape, out is x] = found
 
     def forget(self) -> None:
         """Forget every call."""
+        self._known.clear()
 
     def break_off(self, failure: Callable[..., BaseException]) -> None:
         """Find no call any more."""
+        self._known.clear()
+        self._known = {}

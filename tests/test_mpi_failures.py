@@ -1,0 +1,149 @@
+"""Groups on backend ``mpi`` that break: every rank is told why, in the words of the ring.
+
+May live here: disagreement, death, time limits and ``abort`` there. May not: what works (``test_mpi``).
+
+Under ``rt.sync`` a rank may be inside a call of MPI that nobody can undo: it says why, and ends. MPI's launcher ends a job of which a rank
+has died, so what ranks say then is looked for in what the launcher printed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi import libraries, run
+from ranks import Outcome
+
+from rt.errors import CollectiveTimeoutError, GroupAbortedError, GroupBrokenError, GroupClosedError, MismatchError, PeerLostError
+
+fronts = pytest.mark.parametrize("front", ["sync", "asyncio"])
+
+
+async def until_broken(call: Any) -> tuple[str, int | None, str]:
+    """Call until the group breaks."""
+    with pytest.raises(GroupBrokenError) as caught:
+        while True:
+            await call()
+    return type(caught.value).__name__, caught.value.culprit, str(caught.value)
+
+
+def texts(outcomes: list[Outcome]) -> list[str]:
+    """What each rank got, or, of one that had to end, what all printed."""
+    return [outcome.value[2] if outcome.value else outcome.stderr for outcome in outcomes]
+
+
+async def other_calls(rt: Any, group: Any, ctl: Any) -> Any:
+    x = np.ones(1000, np.float32)
+    await rt.all_sum(x)
+    if group.rank():
+        await rt.all_reduce(x.view(np.int32), "max")
+    else:
+        await rt.all_sum(x)
+    return await until_broken(lambda: rt.barrier())
+
+
+@libraries
+@fronts
+def test_ranks_that_disagree(library: str, front: str) -> None:
+    said = "ranks disagree: rank 0 called all_reduce #1 float32 sum shape (1000,) 4000 B, but rank 1 called all_reduce #1 int32 max"
+    for text in texts(run(2, other_calls, library=library, front=front)):
+        assert said in text, text
+        assert MismatchError.__name__ in text or text.startswith("rank "), text
+
+
+async def other_front(rt: Any, group: Any, ctl: Any) -> Any:
+    import rt.sync as blocking
+
+    await rt.barrier()
+    if group.rank():
+        blocking.all_sum(np.ones(10))
+    return await until_broken(lambda: rt.all_sum(np.ones(10)))
+
+
+@libraries
+def test_one_that_awaits_what_the_other_blocks_in(library: str) -> None:
+    outcomes = run(2, other_front, library=library, front="asyncio")
+    assert "one awaits it and the other blocks in it (rt.sync)" in outcomes[1].stderr
+    assert "rank 1/2: a blocking call of MPI cannot be undone: this process ends" in outcomes[1].stderr
+
+
+async def dies(rt: Any, group: Any, ctl: Any, awaited: str) -> Any:
+    x = np.ones(100 if awaited == "small" else 4_000_000, np.float32)
+    await rt.all_sum(x)
+    if group.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await until_broken(lambda: rt.all_sum(x))
+
+
+@libraries
+@fronts
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_a_rank_that_dies_is_named(library: str, front: str, size: str) -> None:
+    if library == "mpich":
+        pytest.skip("MPICH's launcher kills the others within milliseconds: whether they could say why before is chance")
+    outcomes = run(2, dies, library=library, front=front, args=(size,))
+    assert f"[rt] {PeerLostError.__name__}: rank 0/2: " in outcomes[0].stderr, outcomes[0]
+    assert "lost rank 1" in outcomes[0].stderr or "process" in outcomes[0].stderr
+
+
+async def does_not_call(rt: Any, group: Any, ctl: Any) -> Any:
+    await rt.barrier()
+    if group.rank() == 1:
+        ctl.tell("here")
+        if ctl.front != "sync":  # the loop, too: nothing is answered while it stands
+            await asyncio.sleep(0)
+        ctl.hear()
+        return await until_broken(lambda: rt.barrier())
+    return await until_broken(lambda: rt.all_sum(np.ones(10), timeout=0.3))
+
+
+@libraries
+@fronts
+def test_a_time_limit(library: str, front: str) -> None:
+    from mpi import MpiRanks
+
+    with MpiRanks(2, does_not_call, library=library, front=front) as ranks:
+        ranks.hear(1)
+        if front == "sync":
+            ranks.processes[0].wait(30)
+            ranks._collect()
+            text = ranks.outcomes[0].stderr
+            assert CollectiveTimeoutError.__name__ in text, text
+        else:
+            while ranks.outcomes[0].value is None:
+                ranks._listen(0.02)
+            kind, culprit, text = ranks.outcomes[0].value
+            assert (kind, culprit) == (CollectiveTimeoutError.__name__, 1), text
+        assert "not done 0.3 s after rank 0 called; it waits for rank 1, which did not call" in text
+
+
+async def aborts(rt: Any, group: Any, ctl: Any) -> Any:
+    await rt.barrier()
+    if group.rank() == 1:
+        group.abort()
+    return await until_broken(lambda: rt.all_sum(np.ones(10)))
+
+
+@libraries
+def test_abort(library: str) -> None:
+    for outcome in run(3, aborts, library=library, front="asyncio"):
+        assert outcome.value[:2] == (GroupAbortedError.__name__, 1)
+
+
+async def closes(rt: Any, group: Any, ctl: Any) -> str:
+    await rt.barrier()
+    await rt.close()
+    with pytest.raises(GroupClosedError):
+        await group.all_sum(1.0)
+    again = await rt.init()
+    return str(await again.all_sum(1.0))
+
+
+@libraries
+@fronts
+def test_close_and_init_again(library: str, front: str) -> None:
+    assert [outcome.value for outcome in run(2, closes, library=library, front=front)] == ["2.0", "2.0"]
