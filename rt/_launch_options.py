@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ class Options:
         python: interpreter for .py programs, and on other hosts for the supervisor.
         environment: what every rank is told besides: the hostfile's ``envs``, then ``--iface``, then ``--env``.
         backend: one of ``hostfile.BACKENDS``, "" if nobody chose one.
+        mpi_args: words for MPI's launcher.
         starting_port: of the ring file or of jaccl's coordinator, None for free ones.
         travels: whether variables of some families go to other hosts.
         json: whether hosts that are not ready are shown as JSON.
@@ -80,6 +82,7 @@ class Options:
     connections_per_ip: int
     starting_port: int | None
     nccl_port: int
+    mpi_args: tuple[str, ...]
     travels: bool
     tty: bool
     sync_code: str | None
@@ -133,6 +136,7 @@ def parse(argv: Sequence[str]) -> Options:
         connections_per_ip=found.connections_per_ip,
         starting_port=found.starting_port,
         nccl_port=found.nccl_port,
+        mpi_args=tuple(word for words in found.mpi_arg for word in shlex.split(words)),
         travels=not found.no_env,
         tty=found.tty,
         sync_code=found.sync_code,
@@ -249,8 +253,10 @@ def _backend(backend: str, found: argparse.Namespace, hostfile: Hostfile) -> str
     if backend and backend not in BACKENDS:
         raise ValueError(f"argument --backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "mpi":
-        raise ValueError("--backend mpi: not here yet, expected ring; the hosts of an MPI job can be given as --hosts or --hostfile")
-    if found.mpi_arg:
+        for given, option in ((found.prefix == "always", "--prefix"), (found.log_dir, "--log-dir"), (found.tty, "--tty")):
+            if given:
+                raise ValueError(f"{option}: not with --backend mpi, whose mpirun shows what ranks write; --mpi-arg passes on its options")
+    elif found.mpi_arg:
         raise ValueError(f"argument --mpi-arg: found {found.mpi_arg[0]!r} without --backend mpi, expected none")
     if backend.startswith("jaccl"):
         _check_rdma(hostfile.hosts, ring=backend == "jaccl-ring")

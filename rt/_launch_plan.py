@@ -180,12 +180,12 @@ def dry_run(options: Options, inherited: Mapping[str, str], address: str) -> Ite
         for local, rank in enumerate(crew.ranks):
             told = named | identity(rank, options.size, local, len(crew.ranks)) | {"RT_COORDINATOR": address}
             unset = gone if crew.host.is_local else []
-            words = shlex.join(["env", *unset, *(f"{name}={value}" for name, value in told.items()), *_with_python(options)])
+            words = shlex.join(["env", *unset, *(f"{name}={value}" for name, value in told.items()), *program(options)])
             line = (f"cd {shlex.quote(options.cwd)} && " if options.cwd else "") + words
             yield line if crew.host.is_local else shlex.join(["ssh", crew.host.ssh, line])
 
 
-def _with_python(options: Options) -> list[str]:
+def program(options: Options) -> list[str]:
     """Return the command as it would be run where nobody has looked whether it exists."""
     is_script = options.remote and options.command[0].endswith(".py")
     return [options.python, "-u", *options.command] if is_script else options.command

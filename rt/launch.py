@@ -3,7 +3,7 @@
 May live here: the way from a command line to an exit code, in outline. May not: the parts. The command line is in ``_launch_options``, who
 is told what in ``_launch_plan``, the loop in ``_launch_job``, processes in ``_launch_ranks``, what they write and read in ``_forward`` and
 ``_launch_input``, and what is left when the launcher itself is killed in ``_launch_guard``. Other hosts: ``_launch_hosts`` looks at them
-together, ``_launch_link`` is the connection to one, and ``_supervisor`` is at its far end.
+together, ``_launch_link`` is the connection to one, and ``_supervisor`` is at its far end. MPI's own launcher: ``_launch_mpi``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None, *, grace: float = GRACE) -> int:
     """
     _open_standard_files()
     options = parse(sys.argv[1:] if argv is None else argv)
+    if options.backend == "mpi":
+        from rt import _launch_mpi
+
+        return _launch_mpi.start(options)
     if options.dry_run:
         print(*dry_run(options, os.environ, _meeting_place(options)), sep="\n")
         return 0

@@ -102,7 +102,7 @@ open({str(fifo)!r}, "w").close()
         (["--hosts", "a"], "no program given"),
         (["--hostfile", "/no/file", "true"], "hostfile /no/file: found 'No such file or directory', expected a JSON list of hosts"),
         (["-n", "2", "--backend", "gloo", "true"], "argument --backend: found 'gloo', expected one of ring, mpi, nccl, jaccl, jaccl-ring"),
-        (["-n", "2", "--backend", "mpi", "true"], "--backend mpi: not here yet"),
+        (["-n", "2", "--backend", "mpi", "--log-dir", "x", "true"], "--log-dir: not with --backend mpi"),
         (["-n", "2", "--mpi-arg", "x", "true"], "argument --mpi-arg: found 'x' without --backend mpi, expected none"),
         (["--hosts", "a,b", "--backend", "jaccl", "true"], '--backend jaccl: host [0] (a): "rdma": found 0 entries, expected 2'),
         (["-n", "2", "--iface", "eth0,,eth1", "true"], "--iface: found an empty entry in 'eth0,,eth1'"),
