@@ -25,7 +25,7 @@ from rt import _fastpath, mpi_calls
 from rt.aio import BUDGET_BYTES, LoopDriver, Work
 from rt.dtypes import HALF, ITEMSIZE, Op
 from rt.errors import GroupBrokenError, PeerLostError, RTError
-from rt.group import Call, CoreGroup, Ready
+from rt.group import KNOWN_OPS, Call, CoreGroup, Ready
 from rt.mpi_waiting import LOOP_BYTES, Driver, Request, Worker, patiently
 from rt.schedule import Collective
 from transports.mpi import ITEMS_MOST, Wording, message_pieces, travels
@@ -58,7 +58,7 @@ class MpiGroup(CoreGroup):
         self, world: MpiWorld, ranks: Any, rank: int, name: str, identity: int, timeout: float | None, comms: Comms
     ) -> None:
         super().__init__(world, ranks, rank, name, identity, timeout)
-        self.reductions = cast(Any, Reductions(self))
+        self.known = cast(Any, Reductions(self))
         self._made = comms
         self._wording = Wording(world.words, rank, self.size)
         self._worker = Worker(name)
@@ -389,14 +389,17 @@ class Reductions:
         self._group = group
         self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
-    def start(self, x: Any, op: str, out: Any, what: str, budget: int) -> None:
+    def reduce(self, x: Any, op: str, out: Any, what: str, budget: int) -> None:
         """Every awaited call goes the long way: beside the turns of a loop it costs little."""
+
+    def start(self, call: int, x: Any, out: Any, what: str, budget: int) -> None:
+        """As ``reduce``, of other collectives: in both front ends."""
 
     def run(self, x: Any, op: str, out: Any, what: str, spin: float) -> Work | None:
         """Make a blocking call that was made before; None if it was not."""
         if type(x) is not np.ndarray or type(op) is not str:
             return None
-        known = self._known.get((op, x.dtype, x.shape, out is x))
+        known = self._known.get((KNOWN_OPS.get(op), x.dtype, x.shape, out is x))
         if known is None:
             return None
         flags = x.flags
@@ -424,13 +427,15 @@ class Reductions:
         work.finish(target)
         return work
 
-    def remember(self, x: Any, op: str, out: Any, ready: Any) -> None:
-        """Keep what a call that was checked needs."""
+    def remember(self, call: int, x: Any, out: Any, ready: Any) -> None:
+        """Keep what a call that was checked needs, if it is an all-reduce."""
+        if call not in KNOWN_OPS.values() or not (out is x or _fastpath.lie_apart(out, x)):
+            return
         if len(self._known) >= _KNOWN_MOST:
             self._known.clear()
         found = self._group.direct(ready)
         if found is not None:
-            self._known[op, x.dtype, x.shape, out is x] = found
+            self._known[call, x.dtype, x.shape, out is x] = found
 
     def forget(self) -> None:
         """Forget every call."""

@@ -130,6 +130,10 @@ _TYPES = {
 }  # fmt: skip
 
 
+# Where a processor has AVX, Open MPI's own operators stop at the largest number in place of wrapping.
+_SATURATED = frozenset((dtype, Op.SUM) for dtype in (DType.INT8, DType.UINT8, DType.INT16, DType.UINT16))
+
+
 def _native(dtype: DType, op: Op) -> str | None:
     """Return the name of MPI's operator that means the same as ours."""
     if dtype is DType.BOOL:
@@ -148,6 +152,7 @@ class Words:
         self.mpi = mpi
         self._types = {code: getattr(mpi, _TYPES.get(code, f"{code.name}_T")) for code in DType}
         self._ops: dict[tuple[DType, Op], Any] = {}
+        self._wrong = _SATURATED if mpi.get_vendor()[0] == "Open MPI" else frozenset()
 
     def type(self, dtype: DType) -> Any:
         """Return the MPI type of a dtype; of halves that of whole numbers of their size."""
@@ -158,7 +163,7 @@ class Words:
         op = Op.SUM if op is Op.MEAN else op
         found = self._ops.get((dtype, op))
         if found is None:
-            native = _native(dtype, op)
+            native = _native(dtype, op) if (dtype, op) not in self._wrong else None
             found = self._ops[dtype, op] = self._made(dtype, op) if native is None else getattr(self.mpi, native)
         return found
 
