@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(wildcard rt/*.pyx rt/*.pxi rt/*.h)
 DEBIAN := python3-venv python3-dev iproute2 iputils-ping openssh-server rsync graphviz slurmd slurmctld slurm-client munge  # the build; then hosts of the tests, and a Slurm
 N ?= 4
 
-.PHONY: demo demo-server test check docs peers results wheel packages clean
+.PHONY: demo demo-server test test-rdma check docs peers results wheel packages clean
 
 demo: .stamp-build  ## train a small network on handwritten digits over 4 ranks
 	$(BIN)/rt.launch -n $(N) examples/train_digits.py --compare
@@ -17,7 +17,8 @@ demo-server: .stamp-build  ## answer HTTP from a network that is spread over 4 r
 
 test: .stamp-build  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
-
+test-rdma: .stamp-build  ## the tests on RDMA verbs, in a guest with Soft-RoCE that qemu emulates (as root, installs what that needs)
+	$(BIN)/python tests/rdma_guest.py
 check: .stamp-build  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 try:
@@ -163,12 +163,14 @@ async def init(
     timeout: float | None = None,  # noqa: ASYNC109  # of collectives, not of this call
     secret: bytes | str | None = None,
     shm: bool | None = None,
+    device: str | None = None,
+    all_gather_factory: Callable[[int, int], Callable[[bytes, int], bytes]] | None = None,
 ) -> Group:
     """Form the group of all ranks, or return it if it has formed. See ``rt.sync.init`` for arguments and errors."""
     future = world.start(
         backend, strict, rank=rank, world_size=world_size, coordinator=coordinator, hostfile=hostfile,
         connections_per_ip=connections_per_ip, connect_timeout=connect_timeout, timeout=timeout, secret=secret,
-        shm=shm,
+        shm=shm, device=device, all_gather_factory=all_gather_factory,
     )  # fmt: skip
     core = future.result() if future.done() else await wait_until(future)
     start_waiting()

@@ -210,10 +210,12 @@ cdef class Engine:
         finally:
             self.unlock()
 
-    def add_link(self, int peer, owner):
+    def add_link(self, int peer, owner, int fd=-1):
         """Add a Python link: an object with ``send(memoryview) -> int`` and ``recv_into(memoryview) -> int``.
 
-        Both move what they can now and return how much, 0 for nothing; ``recv_into`` returns -1 at the end of the stream.
+        Both move what they can now and return how much, 0 for nothing; ``recv_into`` returns -1 at the end of the stream. If there is a
+        ``sendmsg(list of memoryviews) -> int``, it is called in place of ``send``. A descriptor ``fd`` that becomes readable says that the
+        link can send or receive again, as ``ready`` does; it stays the owner's.
         """
         cdef Link *link
         self.lock()
@@ -221,7 +223,9 @@ cdef class Engine:
             link = link_new(&self.core, peer)
             Py_INCREF(owner)
             link.owner = <PyObject *>owner
-            link.send, link.recv = python_send, python_recv
+            link.send, link.recv = (python_sendmsg if hasattr(owner, "sendmsg") else python_send), python_recv
+            if fd >= 0 and rt_poll_add(self.core.poll_set, fd, <uintptr_t>(link.index + 1)) < 0:
+                raise OSError(errno, os.strerror(errno))
             self._links_to(peer).append(link.index)
             return link.index
         finally:

@@ -54,6 +54,26 @@ cdef ssize_t python_send(Link *link, iovec *parts, int count) noexcept with gil:
     return total if total else -EAGAIN
 
 
+cdef ssize_t python_sendmsg(Link *link, iovec *parts, int count) noexcept with gil:
+    """Forward to ``owner.sendmsg(list of memoryviews) -> int``, for owners to which each call costs a message."""
+    cdef ssize_t total = 0
+    cdef ssize_t n = 0
+    views = []
+    try:
+        for i in range(count):
+            if parts[i].iov_len:
+                views.append(PyMemoryView_FromMemory(<char *>parts[i].iov_base, parts[i].iov_len, PyBUF_READ))
+                total += parts[i].iov_len
+        n = (<object>link.owner).sendmsg(views)
+        for view in views:
+            view.release()
+        if not 0 <= n <= total:
+            raise ValueError(f"moved {n} bytes of {total}")
+    except BaseException as error:
+        return owner_failed(link, error, EPIPE)
+    return n if n else -EAGAIN
+
+
 cdef ssize_t python_recv(Link *link, iovec *parts, int count) noexcept with gil:
     """Forward to ``owner.recv_into(memoryview) -> int``: how much came, 0 for none now, -1 at the end of the stream."""
     cdef ssize_t total = 0

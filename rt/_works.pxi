@@ -347,6 +347,8 @@ cdef void take_events(Core *core) noexcept nogil:
                 continue
             if ready[i].flags & RT_POLL_READ:
                 link.readable = True
+                if link.owner != NULL:                      # one descriptor tells of both directions
+                    link.writable = True
             if ready[i].flags & RT_POLL_WRITE:
                 link.writable = True
             if ready[i].flags & RT_POLL_HUP:

@@ -53,7 +53,18 @@ def unavailable(backend: str) -> str:
         from transports import mpi
 
         return mpi.missing()
+    if backend == "jaccl":
+        from transports import verbs
+
+        return verbs.missing()
     return "which this version does not have yet, expected 'ring' or 'mpi'"
+
+
+def check_devices(chosen: str | None, keywords: dict[str, object]) -> None:
+    """Raise ValueError where ``init`` was given what only backend ``jaccl`` knows and it will be another."""
+    for name, value in keywords.items():
+        if value is not None and chosen != "jaccl":
+            raise ValueError(f"{name} is only supported with backend='jaccl'.")
 
 
 def numbered_by_mpi(environ: Environ = os.environ) -> bool:

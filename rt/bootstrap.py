@@ -29,7 +29,7 @@ import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rt import tuning
 from rt.config import RingConfig
@@ -39,6 +39,9 @@ from rt.tuning import Table
 from transports import shm, tcp
 from transports.handshake import Acceptor, Hello, Identity, Purpose, Reason, Refused, greet
 from transports.tcp import Address, Streams
+
+if TYPE_CHECKING:
+    from rt.queue_pairs import QueuePairs
 
 _GRACE_SECONDS = 2.0
 _CONNECT_SECONDS = 5.0
@@ -96,6 +99,7 @@ class Wiring:
         ring_bytes: capacity of each of those rings.
         shared: pairs (a, b), a < b, that share memory; the same on all ranks.
         tuning: rank 0's table of preferred algorithms; None for a group of one, which needs none.
+        rdma: connected queue pairs, which carry the data in place of the sockets; None: they do it.
     """
 
     rank: int
@@ -108,6 +112,7 @@ class Wiring:
     ring_bytes: int = 0
     shared: frozenset[tuple[int, int]] = frozenset()
     tuning: Table | None = None
+    rdma: QueuePairs | None = None
 
 
 def neighbours(rank: int, size: int) -> set[int]:
@@ -180,6 +185,8 @@ class _Forming:
         self._present: set[int] = {self._rank}
         self._memory: dict[int, int] = {}
         self._tuning = config.tuning
+        self._rdma = config.rdma
+        self._queue_pairs: QueuePairs | None = None
         self._ring_bytes: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._sharing = shm.listen() if config.shm and shm.SUPPORTED else None
         self._rows: asyncio.Queue[Any] = asyncio.Queue()
@@ -217,7 +224,11 @@ class _Forming:
             for task in late:
                 task.cancel()
         await asyncio.gather(*sharing)
-        reached = [peer for peer in dialling if self._is_complete(peer)]
+        if self._rdma is not None:
+            from rt import queue_pairs  # with pyverbs behind it
+
+            self._queue_pairs = await queue_pairs.connect(self._rdma, self._rank, self._size, self._all_gather)
+        reached = [peer for peer in dialling if self._is_complete(peer) and (self._queue_pairs is None or peer in self._queue_pairs.links)]
         rows = await self._all_gather([reached, [peer for peer in reached if peer in self._memory]])
         self._say({"formed": True})
         await asyncio.wait(attending)
@@ -239,7 +250,8 @@ class _Forming:
             _log.info("rank %d: rank %d over %s: %s", self._rank, peer, "shm and tcp" if peer in memory else "tcp", ends)
             self._sockets[peer] = {}  # they belong to the caller now, as the streams do
         self._streams = {}
-        return Wiring(self._rank, self._size, data, control, direct, hosts, memory, self._ring_bytes.result(), shared, self._tuning)
+        rdma, self._queue_pairs = self._queue_pairs, None
+        return Wiring(self._rank, self._size, data, control, direct, hosts, memory, self._ring_bytes.result(), shared, self._tuning, rdma)
 
     # Connections
 
@@ -459,6 +471,8 @@ class _Forming:
 
     async def clean_up(self) -> None:
         """Close whatever the wiring did not take over."""
+        if self._queue_pairs is not None:
+            self._queue_pairs.close()
         await self._acceptor.close()
         if self._sharing is not None:
             self._sharing.close()

@@ -26,6 +26,7 @@ from rt.json_file import brief, load
 from rt.secret import Secret, resolve_secret
 
 if TYPE_CHECKING:
+    from rt.config_rdma import RdmaConfig
     from rt.interfaces import Choice
     from rt.tuning import Table
 
@@ -63,6 +64,7 @@ class RingConfig:
         coordinator_fd: rank 0 only: an inherited listening socket for ``coordinator``.
         interfaces: where this rank listens for others; None: where the way to the coordinator begins. A ring file says it itself.
         source: what configured this, for messages, for example ``RT_RANK, RT_HOSTFILE``.
+        rdma: which RDMA devices lead where, for backend ``jaccl``; None: sockets and shared memory.
     """
 
     rank: int
@@ -81,6 +83,7 @@ class RingConfig:
     coordinator_fd: int | None
     interfaces: Choice | None
     source: str
+    rdma: RdmaConfig | None = None
 
 
 class _Given(NamedTuple):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from rt import _fastpath, collectives, world
@@ -172,6 +173,8 @@ def init(
     timeout: float | None = None,
     secret: bytes | str | None = None,
     shm: bool | None = None,
+    device: str | None = None,
+    all_gather_factory: Callable[[int, int], Callable[[bytes, int], bytes]] | None = None,
 ) -> Group:
     """Form the group of all ranks, or return it if it has formed; block until the others are there.
 
@@ -186,6 +189,8 @@ def init(
         timeout: seconds a collective may take by default (for ever).
         secret: what connections prove to know.
         shm: False to go over TCP between ranks of one host, too, instead of through shared memory.
+        device: ``jaccl``: the RDMA device that reaches every rank, or ``auto``; see ``docs/rdma.md``.
+        all_gather_factory: ``jaccl``: ``factory(rank, size)`` makes ``f(mine, nbytes)``, which exchanges what queue pairs need.
 
     What is not given comes from ``RT_RANK``, ``RT_HOSTFILE`` and so on; see ``docs``. Nothing configured: a group of one.
 
@@ -196,7 +201,7 @@ def init(
     future = world.start(
         backend, strict, rank=rank, world_size=world_size, coordinator=coordinator, hostfile=hostfile,
         connections_per_ip=connections_per_ip, connect_timeout=connect_timeout, timeout=timeout, secret=secret,
-        shm=shm,
+        shm=shm, device=device, all_gather_factory=all_gather_factory,
     )  # fmt: skip
     try:
         core = future.result()

@@ -40,11 +40,13 @@ from transports.relay import carriers
 if TYPE_CHECKING:
     from rt.bootstrap import Wiring
     from rt.control import Control
+    from rt.queue_pairs import QueuePairs
     from rt.tuning import Table
 
 GOODBYE_SECONDS = 5.0
 SPIN_SECONDS = 50e-6  # about what a wake-up costs; only where every rank of this host has a core to itself
 _CONTROL_SECONDS = 1.0
+_LAST_WRITES_SECONDS = 1.0  # until the peers' devices have what was sent
 _LOOK_AGAIN_SECONDS = 0.02
 
 _ERRORS: dict[str, type[GroupBrokenError]] = {
@@ -76,6 +78,7 @@ class World:
         self.spin = 0.0  # seconds a blocking call polls before it sleeps
         self.closed = False
         self.orphan = False  # a forked child: the connections are the parent's
+        self.rdma: QueuePairs | None = None
         self._ring = ring
         self._identity = hash64("world", ring.job)  # of the group of all ranks
         self._verdicts: list[Verdict] = []
@@ -111,7 +114,8 @@ class World:
         try:
             found = wiring.result()
             self.direct, self.shared, self.tuning = found.direct, found.shared, found.tuning
-            self.lanes = max(map(len, found.data.values()), default=1)
+            self.rdma = found.rdma
+            self.lanes = max(map(len, (found.rdma.links if found.rdma is not None else found.data).values()), default=1)
             self.hosts = tuple(host.network for host in found.hosts)
             scarce = _cores() < sum(found.hosts[self.rank].sees(host) for host in found.hosts)
             self.spin = self._ring.spin if self._ring.spin is not None else 0.0 if scarce else SPIN_SECONDS
@@ -129,6 +133,9 @@ class World:
             future.set_result(group)
 
     def _add_links(self, peer: int, wiring: Wiring) -> None:
+        if wiring.rdma is not None:
+            wiring.rdma.add_to(self.engine, peer, wiring.data.get(peer, ()))
+            return
         if peer not in wiring.memory:
             for sock in wiring.data.get(peer, ()):
                 self.engine.add_socket(peer, sock)
@@ -168,6 +175,8 @@ class World:
     def _link(self, peer: int) -> str:
         if (min(peer, self.rank), max(peer, self.rank)) in self.shared:
             return "shm"
+        if self.rdma is not None and peer in self.rdma.links:
+            return f"rdma {self.rdma.links[peer][0].where}"
         return f"tcp {self.addresses[peer]}" if peer in self.addresses else "relayed"
 
     # -- loops
@@ -188,7 +197,8 @@ class World:
             if kind == _fastpath.LOST:
                 if peer not in self.addresses:
                     continue  # the end of a relayed stream is a consequence; its cause comes through the control thread
-                reason = f"connection closed ({os.strerror(code)})" if code else "connection closed"
+                closed = f"connection closed ({os.strerror(code)})" if code else "connection closed"
+                reason = (self.rdma and self.rdma.failure(peer)) or closed
                 self._report(Report.of_rank("lost", peer, f"lost rank {peer} ({self._link(peer)}): {reason}"))
             elif kind == _fastpath.PROTOCOL:
                 self._report(Report.of_rank("protocol", peer, f"rank {peer} sent bytes that are no frame of this version (type {code})"))
@@ -294,6 +304,8 @@ class World:
                 return
             if self.size > 1 and not self.broken:
                 self._drive(lambda: self.engine.in_flight() == 0)
+                if self.rdma is not None:
+                    self.rdma.ending()
                 self.engine.say_goodbye()
                 self._drive(lambda: not self.engine.goodbyes_missing())
             for group in list(self.groups.values()):
@@ -335,6 +347,8 @@ class World:
                     loop.call_soon_threadsafe(driver.detach)
         self.drivers.clear()
         self.engine.close()
+        if self.rdma is not None:
+            self.rdma.close(0.0 if self.broken else _LAST_WRITES_SECONDS)
 
     def abandon(self) -> None:
         """In a forked child: let go of the parent's connections; every group raises from here on."""
@@ -342,6 +356,8 @@ class World:
         self._lock = threading.Lock()
         self._closing = threading.Lock()
         self.engine.abandon_in_child()
+        if self.rdma is not None:
+            self.rdma.let_go()
         if self.control is not None:
             self.control.after_fork_in_child()
         for group in self.groups.values():
@@ -413,6 +429,13 @@ def _make(
     chosen: str | None, backend: str, strict: bool, living: dict[str, _Started], keywords: dict[str, Any]
 ) -> tuple[str, World | None]:
     """Return which backend it will be and its world, None where nothing configures one."""
+    devices = {name: keywords.pop(name, None) for name in ("device", "all_gather_factory")}
+    backends.check_devices(chosen, devices)
+    if chosen == "jaccl":
+        from rt.config_rdma import resolve_rdma
+
+        rdma = resolve_rdma(**devices, **keywords)
+        return "jaccl", World(rdma) if rdma is not None else None
     if chosen == "ring":
         ring = config.resolve_ring(**keywords)
         if ring is not None:

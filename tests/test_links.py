@@ -1,4 +1,4 @@
-"""What every link must do, asked of each kind: memory links, socket pairs, TCP on loopback, shared memory.
+"""What every link must do, asked of each kind: memory links, socket pairs, TCP on loopback, shared memory, RDMA (in its guest).
 
 May live here: the conformance suite. May not: schedules beyond send and recv, configuration of sockets. Engines are driven as drivers do
 it: by their descriptor where there is one, by the link's wake-ups where there is none. A forgotten wake-up fails the test.
@@ -23,10 +23,12 @@ from rt import _fastpath, algorithms_move
 from rt.dtypes import Op, code_of
 from transports import shm
 from transports.memory import MemoryLink, memory_pair
+from transports.rdma import RdmaLink
+from transports.verbs import Device, QueuePair, find_port
 
 LOST, CLOSED, PROTOCOL = _fastpath.LOST, _fastpath.CLOSED, _fastpath.PROTOCOL
 PATIENCE_MS = 10_000  # until a test that waits for a wake-up gives up
-KINDS = ("memory", "pair", "tcp", "shm")
+KINDS = ("memory", "pair", "tcp", "shm", *(["rdma"] if "RT_RDMA_GUEST" in os.environ else []))
 POLLS = 5e-3  # seconds in which a thread may move more than once
 BIG = 1 << 19  # items; far more than any link holds
 
@@ -125,6 +127,25 @@ class RawRings:
         self.sock.close()
 
 
+class RawRdma:
+    """One RDMA link, polled by a test."""
+
+    def __init__(self, link: RdmaLink) -> None:
+        self.link = link
+
+    def send(self, data: bytes) -> None:
+        assert self.link.sendmsg([memoryview(data)]) == len(data)
+
+    def recv(self) -> bytes:
+        buffer = bytearray(1 << 16)
+        return bytes(buffer[: max(self.link.recv_into(memoryview(buffer)), 0)])
+
+    def end(self) -> None:
+        self.link.close(PATIENCE_MS / 1e3)
+
+    reset = end  # a queue pair that goes without a word is found by the control thread, or by writing
+
+
 class Pair:
     """Two engines and the link between them; or one engine and a raw end."""
 
@@ -133,6 +154,8 @@ class Pair:
         self.ends: list[Any]
         if kind == "memory":
             self.ends = list(memory_pair(100 if small else 1 << 16))
+        elif kind == "rdma":
+            self.device, self.ends = rdma_pair(4096 if small else 1 << 16)
         else:
             self.ends = list(socket.socketpair() if kind == "pair" else tcp_pair())
             for end in self.ends:
@@ -151,6 +174,9 @@ class Pair:
         if self.kind == "memory":
             index = engine.add_link(1 - rank, end)
             self.ends[1 - rank].wake_peer = lambda: engine.ready(index)
+        elif self.kind == "rdma":
+            index = engine.add_link(1 - rank, end, end.fd)
+            end.wake = lambda: engine.ready(index)
         elif self.kind == "shm":
             engine.add_shared(1 - rank, end, self.fd, 0, self.capacity, rank == 0)
         else:
@@ -162,7 +188,8 @@ class Pair:
     def raw(self) -> Any:
         if self.kind == "shm":
             return RawRings(self.fd, self.ends[1], self.capacity)
-        return (RawMemory if self.kind == "memory" else RawSocket)(self.ends[1])
+        kinds: dict[str, Any] = {"memory": RawMemory, "rdma": RawRdma}
+        return kinds.get(self.kind, RawSocket)(self.ends[1])
 
     def drive(self, until: Callable[[], bool]) -> None:
         """Sleep until an engine's descriptor says that it can go on, and let it; as any driver does."""
@@ -183,10 +210,22 @@ class Pair:
             engine.break_group(1, lambda work: RuntimeError("over"))
             engine.close()
         for end in self.ends:
-            if isinstance(end, socket.socket):
+            if not isinstance(end, MemoryLink):
                 end.close()
+        if self.kind == "rdma":
+            self.device.close()
         if self.fd >= 0:
             os.close(self.fd)
+
+
+def rdma_pair(ring_bytes: int) -> tuple[Device, list[RdmaLink]]:
+    """Two links in one process, through a device as between any two."""
+    device = Device(find_port("auto"))
+    pairs = [QueuePair(device, ring_bytes) for _ in range(2)]
+    ends = [pair.end() for pair in pairs]
+    for pair, end in zip(pairs, reversed(ends), strict=True):
+        pair.connect(end)
+    return device, [RdmaLink(pair, 1 - rank) for rank, pair in enumerate(pairs)]
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:

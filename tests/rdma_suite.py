@@ -1,0 +1,376 @@
+"""Backend ``jaccl`` on real verbs: what ``make test-rdma`` runs in its guest (see ``rdma_guest``).
+
+May live here: what ranks can do and how they fail over RDMA. May not: what a link must do (``test_links`` runs in the guest too), booting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from rdma_ranks import collect, environment, run, start
+
+import rt
+import rt.sync
+from rt import world
+from rt.dtypes import OPS, DType, numpy_dtype
+from transports.rdma import RdmaLink
+from transports.verbs import Device, QueuePair, VerbsError, find_port
+
+pytestmark = pytest.mark.skipif("RT_RDMA_GUEST" not in os.environ, reason="runs in the guest: make test-rdma")
+
+REDUCE = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}
+
+
+def sh(command: str) -> str:
+    return subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout
+
+
+def links() -> dict[int, str]:
+    return next(iter(world.worlds())).links()
+
+
+def items(rank: int, count: int, dtype: Any) -> np.ndarray[Any, Any]:
+    """Small whole numbers, so that sums are exact in every dtype."""
+    return ((np.arange(count) * 7 + rank) % 3).astype(dtype)
+
+
+def reduced(op: str, xs: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    out = xs[0]
+    for x in xs[1:]:
+        out = REDUCE[op](out, x).astype(out.dtype)
+    return out
+
+
+# -- every collective
+
+
+def every_dtype(rank: int, sizes: list[int]) -> int:
+    group = rt.sync.init(strict=True)
+    size, done = group.size(), 0
+    for dtype in map(numpy_dtype, DType):
+        for count in sizes:
+            xs = [items(each, count, dtype) for each in range(size)]
+            for op in set(OPS) & set(REDUCE):
+                if np.dtype(dtype).kind == "c" and op in ("min", "max"):
+                    continue  # NumPy has another order
+                np.testing.assert_array_equal(rt.sync.all_reduce(xs[rank], op=op), reduced(op, xs), f"{op} {dtype} {count}")
+                done += 1
+            np.testing.assert_array_equal(rt.sync.all_gather(xs[rank]), np.concatenate(xs))
+            rows = [items(each, size * count, dtype).reshape(size, count) for each in range(size)]
+            np.testing.assert_array_equal(rt.sync.sum_scatter(rows[rank])[0], reduced("sum", [each[rank] for each in rows]))
+            np.testing.assert_array_equal(rt.sync.all_to_all(rows[rank]), np.stack([each[rank] for each in rows]))
+            np.testing.assert_array_equal(rt.sync.broadcast(xs[rank], root=size - 1), xs[-1])
+    rt.sync.close()
+    return done
+
+
+@pytest.mark.parametrize("size", (2, 3, 4))
+def test_collectives_of_every_dtype(size: int) -> None:
+    counts = run(size, every_dtype, [1, 3000] if size == 2 else [777], seconds=110)
+    assert len(set(counts)) == 1 and counts[0] > 20
+
+
+def the_rest(rank: int) -> list[str]:
+    group = rt.sync.init(strict=True)
+    size = group.size()
+    found = links()
+    for a in range(size):
+        for b in range(size):
+            if a != b and rank in (a, b):
+                x = np.arange(10_000) * (a + 1) + b
+                if rank == a:
+                    rt.sync.send(x, b)
+                else:
+                    np.testing.assert_array_equal(rt.sync.recv_like(x, a), x)
+    half = group.split(rank % 2, key=size - rank)
+    mates = [each for each in reversed(range(size)) if each % 2 == rank % 2]
+    assert (half.rank(), half.size()) == (mates.index(rank), len(mates))
+    np.testing.assert_array_equal(rt.sync.all_gather(np.array([rank]), group=half), mates)
+    np.testing.assert_array_equal(rt.sync.all_sum(np.full(1000, rank), group=half), np.full(1000, sum(mates)))
+    assert rt.sync.all_gather_objects({"rank": rank}) == [{"rank": each} for each in range(size)]
+    x = np.arange(300_000, dtype=np.float32)
+    np.testing.assert_array_equal(rt.sync.all_sum(x + rank), x * size + sum(range(size)))
+    rt.sync.barrier()
+    rt.sync.close()
+    return [found[peer] for peer in sorted(found)]
+
+
+def test_mesh() -> None:
+    for rank, found in enumerate(run(4, the_rest)):
+        assert found == ["rdma rxe0 port 1"] * 3, rank
+
+
+def test_ring() -> None:
+    """Only neighbours have queue pairs; what others say to each other is forwarded."""
+    for rank, found in enumerate(run(4, the_rest, env={"RT_JACCL_RING": "1"})):
+        others = [peer for peer in range(4) if peer != rank]
+        assert [("relayed" if (peer - rank) % 4 == 2 else "rdma rxe0 port 1") for peer in others] == found
+
+
+def large(rank: int) -> None:
+    rt.sync.init(strict=True)
+    for dtype, nbytes in ((np.dtype(np.float32), 64 << 20), (np.dtype(ml_dtypes.bfloat16), 16 << 20)):
+        x = items(rank, nbytes // dtype.itemsize, dtype)
+        expected = x.astype(np.float32) + items(1 - rank, x.size, dtype).astype(np.float32)
+        assert np.array_equal(rt.sync.all_sum(x).astype(np.float32), expected)
+    rt.sync.close()
+
+
+def test_large_arrays() -> None:
+    run(2, large, seconds=110)
+
+
+def awaited(rank: int) -> None:
+    async def body() -> None:
+        await rt.init(strict=True)
+        xs = [np.full(50_000, 10 * rank + tag) for tag in range(6)]
+        sent = [rt.send(x, 1 - rank, tag=tag) for tag, x in enumerate(xs)]
+        got = await asyncio.gather(*(rt.recv_like(x, 1 - rank, tag=tag) for tag, x in enumerate(xs)))
+        await asyncio.gather(*sent)
+        assert [int(x[-1]) for x in got] == [10 * (1 - rank) + tag for tag in range(6)]
+        sums = await asyncio.gather(*(rt.all_sum(np.full(n, rank + 1.0)) for n in (1, 1000, 200_000)))
+        assert all((each == 3.0).all() for each in sums)
+        await rt.close()
+
+    asyncio.run(body())
+
+
+def test_event_loop() -> None:
+    run(2, awaited)
+
+
+def at_random(rank: int, calls: int) -> None:
+    rt.sync.init(strict=True)
+    dice = random.Random(4)
+    for call in range(calls):
+        count, kind = dice.choice((1, 3, 17, 300, 5000)), dice.randrange(4)
+        xs = [np.arange(count) * (call % 9) + each for each in range(2)]
+        if kind == 0:
+            assert np.array_equal(rt.sync.all_sum(xs[rank]), xs[0] + xs[1]), call
+        elif kind == 1:
+            assert np.array_equal(rt.sync.all_gather(xs[rank]), np.concatenate(xs)), call
+        elif kind == 2:
+            assert np.array_equal(rt.sync.broadcast(xs[rank], root=call % 2), xs[call % 2]), call
+        elif rank == call % 2:
+            rt.sync.send(xs[rank], 1 - rank)
+        else:
+            assert np.array_equal(rt.sync.recv_like(xs[rank], 1 - rank), xs[1 - rank]), call
+    rt.sync.close()
+
+
+def test_random_collectives() -> None:
+    run(2, at_random, int(os.environ.get("RT_RDMA_CALLS", "10000")), seconds=115)
+
+
+# -- beginning and ending
+
+
+def verbs_objects() -> int:
+    """Queue pairs, completion queues and regions that this process has."""
+    return sum(sh(f"rdma resource show {kind}").count(f" pid {os.getpid()} ") for kind in ("qp", "cq", "mr", "pd"))
+
+
+def again_and_again(rank: int, cycles: int) -> tuple[int, int, int, int]:
+    seen = []
+    for cycle in range(cycles):
+        rt.sync.init(strict=True)
+        assert rt.sync.all_sum(np.ones(3))[0] == 2
+        rt.sync.close()
+        if cycle in (2, cycles - 1):
+            seen += [len(os.listdir("/proc/self/fd")), verbs_objects()]
+    return tuple(seen)  # type: ignore[return-value]
+
+
+@pytest.mark.timeout(240)
+def test_many_lives_leave_nothing_behind() -> None:
+    for before, objects, after, objects_after in run(2, again_and_again, int(os.environ.get("RT_RDMA_CYCLES", "500")), seconds=220):
+        assert (before, objects) == (after, objects_after) and objects == 0
+
+
+def configured_by_mlx(rank: int, file: str, coordinator: str) -> list[str]:
+    os.environ.update({"MLX_RANK": str(rank), "MLX_IBV_DEVICES": file, "MLX_JACCL_COORDINATOR": coordinator})
+    assert rt.sync.init(strict=True, backend="jaccl").size() == 2
+    assert rt.sync.all_sum(np.ones(1))[0] == 2
+    found = list(links().values())
+    rt.sync.close()
+    return found
+
+
+def test_what_mlx_is_configured_by(tmp_path: Path) -> None:
+    (tmp_path / "devices.json").write_text(json.dumps([[None, "rxe0"], ["rxe0", None]]))
+    address = environment(2)["RT_COORDINATOR"]
+    found = run(
+        2, configured_by_mlx, str(tmp_path / "devices.json"), address, without=("RT_RANK", "RT_WORLD_SIZE", "RT_COORDINATOR", "RT_BACKEND")
+    )
+    assert found == [["rdma rxe0 port 1"]] * 2
+
+
+def with_factory(rank: int, folder: str) -> int:
+    calls = []
+
+    def factory(me: int, size: int) -> Any:
+        def gather(mine: bytes, nbytes: int) -> bytes:
+            number = len(calls)
+            calls.append(nbytes)
+            Path(folder, f"{number}.{me}.tmp").write_bytes(mine)
+            Path(folder, f"{number}.{me}.tmp").rename(Path(folder, f"{number}.{me}"))
+            files = [Path(folder, f"{number}.{each}") for each in range(size)]
+            while not all(file.exists() for file in files):
+                time.sleep(0.01)
+            return b"".join(file.read_bytes() for file in files)
+
+        return gather
+
+    rt.sync.init(strict=True, backend="jaccl", all_gather_factory=factory)
+    assert rt.sync.all_sum(np.ones(1))[0] == 2
+    rt.sync.close()
+    return len(calls)
+
+
+def test_an_exchange_of_the_users(tmp_path: Path) -> None:
+    assert run(2, with_factory, str(tmp_path)) == [2, 2]
+
+
+# -- failures
+
+
+def until_lost(rank: int, ready: str) -> tuple[str, int | None, float]:
+    rt.sync.init(strict=True)
+    rt.sync.all_sum(np.ones(1))
+    Path(f"{ready}.{rank}").touch()
+    try:
+        while True:
+            rt.sync.all_sum(np.ones(100_000))
+    except rt.PeerLostError as error:
+        return str(error), error.culprit, time.time()
+
+
+def test_kill_9(tmp_path: Path, record_property: Any) -> None:
+    processes, ends = start(3, until_lost, str(tmp_path / "ready"))
+    while len(list(tmp_path.glob("ready.*"))) < 3:
+        time.sleep(0.02)
+    killed = time.time()
+    os.kill(processes[1].pid, signal.SIGKILL)  # type: ignore[arg-type]
+    for outcome in collect(processes, ends, 30, missing=(1,)):
+        if outcome is not None:
+            text, culprit, when = outcome
+            assert culprit == 1 and "lost rank 1" in text
+            record_property("seconds", f"{when - killed:.2f}")
+
+
+def around_a_stop(rank: int, ready: str) -> None:
+    rt.sync.init(strict=True)
+    for round in range(200):
+        assert rt.sync.all_sum(np.full(20_000, rank + 1))[0] == 3
+        if round == 20:
+            Path(f"{ready}.{rank}").touch()
+    rt.sync.close()
+
+
+def test_a_stopped_rank_is_not_lost(tmp_path: Path) -> None:
+    """For longer than the device repeats what nobody answers: it is the device that answers, not the process."""
+    processes, ends = start(2, around_a_stop, str(tmp_path / "ready"))
+    while len(list(tmp_path.glob("ready.*"))) < 2:
+        time.sleep(0.02)
+    os.kill(processes[1].pid, signal.SIGSTOP)  # type: ignore[arg-type]
+    time.sleep(4)
+    assert processes[0].is_alive()
+    os.kill(processes[1].pid, signal.SIGCONT)  # type: ignore[arg-type]
+    collect(processes, ends, 90)
+
+
+def test_a_wrong_key_ends_the_link_and_says_so() -> None:
+    device = Device(find_port("auto"))
+    pairs = [QueuePair(device, 4096) for _ in range(2)]
+    ends = [pair.end() for pair in pairs]
+    pairs[1].connect(ends[0])
+    pairs[0].connect(type(ends[1])(**{**ends[1].__dict__, "rkey": ends[1].rkey ^ 0x5500}))
+    link = RdmaLink(pairs[0], 1)
+    link.ending()  # so that the write completes
+    assert link.sendmsg([memoryview(b"hello")]) == 5
+    with pytest.raises(OSError, match=r"rxe0 port 1: writing to rank 1: the peer's memory refused the access .*status 10"):
+        while link.recv_into(memoryview(bytearray(9))) == 0:
+            pass
+    link.close()
+    pairs[1].close()
+    device.close()
+
+
+@pytest.fixture
+def other_device() -> Iterator[str]:
+    sh("ip link add rt-d0 type dummy; ip link set rt-d0 up; rdma link add rxe9 type rxe netdev rt-d0")
+    yield "rxe9"
+    sh("rdma link delete rxe9; ip link delete rt-d0")
+
+
+def test_what_makes_a_port_useless(other_device: str) -> None:
+    with pytest.raises(VerbsError, match=r"rxe9 port 1 has no IPv4 GID, only fe80:.*ip address add"):
+        find_port(other_device)
+    sh("ip address add 10.77.0.1/24 dev rt-d0")
+    assert find_port(other_device).gid == "::ffff:a4d:1"
+    sh("ip link set rt-d0 down")
+    with pytest.raises(VerbsError, match=r"rxe9 port 1 is down; .*ip link"):
+        find_port(other_device)
+    with pytest.raises(VerbsError, match=r"there is no RDMA device 'mlx5_0'; this host has rxe0, rxe9"):
+        find_port("mlx5_0")
+
+
+def refused(rank: int) -> str:
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+    os.setuid(65534)
+    try:
+        rt.sync.init(strict=True)
+    except rt.RendezvousError as error:
+        return str(error)
+    return "it formed"
+
+
+def test_too_little_memory_may_be_locked() -> None:
+    sh("chmod 666 /dev/infiniband/uverbs*")
+    for text in run(2, refused):
+        assert "rxe0 port 1: ibv_reg_mr of 1048576 B failed" in text and "ulimit -l" in text
+
+
+# -- several devices
+
+
+@pytest.fixture
+def veth() -> Iterator[None]:
+    sh("sysctl -qw net.core.netdev_max_backlog=100000")  # at the default acknowledgements get lost, and rxe hangs
+    sh("ip link add rt-v0 mtu 4200 type veth peer name rt-v1 mtu 4200")
+    for number in (0, 1):
+        sh(f"ip address add 10.78.0.{number + 1}/24 dev rt-v{number}; ip link set rt-v{number} up")
+        sh(f"sysctl -qw net.ipv4.conf.rt-v{number}.accept_local=1 net.ipv4.conf.rt-v{number}.rp_filter=0 net.ipv4.conf.all.rp_filter=0")
+        sh(f"rdma link add rxev{number} type rxe netdev rt-v{number}")
+    yield
+    sh("rdma link delete rxev0; rdma link delete rxev1; ip link delete rt-v0")
+
+
+def striped(rank: int) -> tuple[int, list[int]]:
+    rt.sync.init(strict=True)
+    x = items(rank, 1_000_000, np.int64)
+    assert np.array_equal(rt.sync.all_sum(x), x + items(1 - rank, x.size, np.int64))
+    here = next(iter(world.worlds()))
+    assert here.rdma is not None
+    carried = [link.bytes_sent for link in here.rdma.links[1 - rank]]
+    rt.sync.close()
+    return here.lanes, carried
+
+
+def test_two_devices_between_two_ranks(veth: None, tmp_path: Path) -> None:
+    (tmp_path / "devices.json").write_text(json.dumps([[None, ["rxe0", "rxev0"]], [["rxe0", "rxev1"], None]]))
+    for lanes, carried in run(2, striped, env={"RT_IBV_DEVICES": str(tmp_path / "devices.json")}):
+        assert lanes == 2 and min(carried) > 1_000_000
