@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from rt import _doors
@@ -35,6 +35,7 @@ class JobReport:
         ranks: what each rank says of itself, None where it said nothing.
         gone: ranks that have left or are lost, and which.
         missing: of a group that has not formed: per rank that was asked, the lines on whom it waits for.
+        silent: ranks that were asked, by us or by others, and said nothing in time.
         verdict: one sentence.
     """
 
@@ -43,6 +44,7 @@ class JobReport:
     ranks: list[Facts | None]
     gone: dict[int, str]
     missing: dict[int, list[str]]
+    silent: list[int] = field(default_factory=list)
     verdict: str = ""
 
 
@@ -89,13 +91,15 @@ def _report(job: str, hosts: Sequence[dict[int, Facts]]) -> JobReport:
     if formed:
         ranks = [next(filter(None, seen), None) for seen in zip(*(each["ranks"] for each in formed), strict=True)]
         gone = {int(rank): how for each in formed for rank, how in each["gone"].items()}
-        report = JobReport(job, formed[0]["size"], ranks, gone, {})
+        silent = [rank for rank, facts in enumerate(ranks) if facts is None and rank not in gone]
+        report = JobReport(job, formed[0]["size"], ranks, gone, {}, silent)
         return replace(report, verdict=verdict(report))
     alone = {rank: answer for rank, answer in answers.items() if answer}
     silent = sorted(answers.keys() - alone.keys())
     size = max((each["size"] for each in alone.values()), default=max(answers) + 1)
-    report = JobReport(job, size, [alone.get(rank) for rank in range(size)], {}, {rank: each["missing"] for rank, each in alone.items()})
-    return replace(report, verdict=_forming(report, silent))
+    missing = {rank: each["missing"] for rank, each in alone.items()}
+    report = JobReport(job, size, [alone.get(rank) for rank in range(size)], {}, missing, silent)
+    return replace(report, verdict=_forming(report))
 
 
 # --- the verdict -----------------------------------------------------------------------------------------------------------------------
@@ -115,8 +119,7 @@ def verdict(report: JobReport) -> str:
         return _blame(report, roots, waits)
     if waits:
         return _crosswise(report, waits)
-    silent = [rank for rank, facts in enumerate(report.ranks) if facts is None and rank not in report.gone]
-    return "no rank waits for another" + (f"; {_ranks(silent)} {_SILENT}" if silent else "")
+    return "no rank waits for another" + (f"; {_ranks(report.silent)} {_SILENT}" if report.silent else "")
 
 
 def _blame(report: JobReport, roots: set[int], waits: dict[int, set[int]]) -> str:
@@ -156,9 +159,9 @@ def _crosswise(report: JobReport, waits: dict[int, set[int]]) -> str:
     return f"ranks wait for each other in different calls: {each}"
 
 
-def _forming(report: JobReport, silent: Sequence[int]) -> str:
+def _forming(report: JobReport) -> str:
     if not report.missing:
-        return f"{_ranks(silent)} {_SILENT}"
+        return f"{_ranks(report.silent)} {_SILENT}"
     rank, lines = next(iter(sorted(report.missing.items())))
     who = "; ".join(line.strip() for line in lines) or "nobody: all are there, but not all neighbours are connected"
     return f"the group has not formed: rank {rank} waits for {who}"
@@ -215,8 +218,7 @@ def show(console: Console, reports: Sequence[JobReport]) -> None:
 def _rows(report: JobReport, rank: int) -> list[list[str]]:
     facts = report.ranks[rank]
     if facts is None:
-        local = report.missing and rank not in report.missing
-        return [[str(rank), "", "", report.gone.get(rank, "not here" if local else "no answer"), "", "", ""]]
+        return [[str(rank), "", "", report.gone.get(rank, "no answer" if rank in report.silent else "not here"), "", "", ""]]
     head = [str(rank), facts["host"], str(facts["pid"])]
     if rank in report.missing:
         return [[*head, "init", "", ", ".join(re.findall(r"rank (\d+):", "\n".join(report.missing[rank]))), facts["at"]]]
