@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, final
+from typing import Any, NoReturn, Protocol, Self, final
 
 import numpy as np
 
@@ -98,11 +98,10 @@ class Engine:
     def close(self) -> None: ...
     def abandon_in_child(self) -> None: ...
 
-@final
 class Calls:
     def __new__(
         cls, make: type[Work], group: Any, engine: Engine | None, identity: int, ranks: list[int], recent: list[tuple[int, bytes]],
-        ops: dict[str, int],
+        ops: dict[str, int], *_: Any,
     ) -> Self: ...
     def forget(self) -> None: ...
     def break_off(self, failure: Callable[..., BaseException]) -> None: ...
@@ -110,6 +109,12 @@ class Calls:
     def reduce(self, x: Any, op: str, out: Any, what: str, budget: int) -> Any: ...
     def start(self, call: int, x: Any, out: Any, what: str, budget: int) -> Any: ...
     def run(self, x: Any, op: str, out: Any, what: str, spin: float) -> Any: ...
+
+class BlockingCalls(Calls):
+    def __init__(
+        self, make: type[Work], group: Any, engine: Engine | None, identity: int, ranks: list[int], recent: list[tuple[int, bytes]],
+        ops: dict[str, int], note: Callable[[Any, bytes], None], blocked: dict[int, Any], fail: Callable[[Any, Exception], NoReturn],
+    ) -> None: ...
 
 @final
 class Sleeper:

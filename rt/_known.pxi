@@ -8,6 +8,7 @@
 # place is taken before objects are made, and the table is changed in one go.
 
 from asyncio import _get_running_loop as running_loop
+from threading import get_ident
 
 
 cdef tuple NO_ARGUMENTS = ()
@@ -66,7 +67,7 @@ cdef class Calls:
     cdef Known places[KNOWN_PLACES]
 
     def __cinit__(self, make, group, Engine engine, uint64_t identity, list ranks not None, list recent not None,
-                  dict ops not None):
+                  dict ops not None, *_):
         self.make, self.group, self.engine, self.identity, self.ranks, self.recent = make, group, engine, identity, ranks, recent
         self.ops = ops
         self.failure = None
@@ -161,6 +162,15 @@ cdef class Calls:
                 return NULL
         return known
 
+    cdef Work made(self, what, about, x, target, out):
+        """A work of this group for a call that was found."""
+        cdef Work work = <Work>(<PyTypeObject *>self.make).tp_new(self.make, <PyObject *>NO_ARGUMENTS, NULL)
+        work.group, work.what, work.about = self.group, what, about
+        work.borrows_source = True
+        work.borrows_target = out is not None
+        work.result = target
+        return work
+
     def reduce(self, x, op, out, what, Py_ssize_t budget):
         """As ``start``, of an all-reduce with an operator of this name."""
         if type(op) is not str:
@@ -184,16 +194,12 @@ cdef class Calls:
         about, dtype = <object>known.about, <object>known.dtype
         ndim = known.out_ndim
         memcpy(dims, known.out_dims, sizeof(dims))
-        work = <Work>(<PyTypeObject *>self.make).tp_new(self.make, <PyObject *>NO_ARGUMENTS, NULL)
-        work.group, work.what, work.about = self.group, what, about
-        work.borrows_source = True
         if out is None:
             Py_INCREF(dtype)                # taken over by the array
             target = PyArray_NewFromDescr(&PyArray_Type, <PyArray_Descr *><PyObject *>dtype, ndim, dims, NULL, NULL, 0, NULL)
         else:
             target = <cnp.ndarray>out
-            work.borrows_target = True
-        work.result = target
+        work = self.made(what, about, x, target, out)
         work.status = self.engine.submit(work, program, self.identity, self.identity, signature, self.ranks, <int>len(self.ranks), array,
                                          target, budget)
         self.recent[work.sequence % len(self.recent)] = (work.sequence, signature)
@@ -224,4 +230,53 @@ cdef class Calls:
         finally:
             if self.engine.core.active_count:
                 self.engine.wake()          # what one thread leaves undone another may be waiting for
+        return work
+
+
+cdef class BlockingCalls(Calls):
+    """As ``Calls``, of a group whose collectives a library makes: all-reduces that block. Instead of a program ``remember`` is given what
+    makes the call, ``(function, operator, in place of x where out is x)``, or None where that is not all that is to do.
+
+    Args:
+        note: called with a work and its signature before the call.
+        blocked: where the work stands meanwhile, by thread.
+        fail: called with a work and what the library raised; raises what the caller gets.
+    """
+    cdef object note, fail
+    cdef dict blocked
+
+    def __init__(self, make, group, Engine engine, uint64_t identity, list ranks not None, list recent not None, dict ops not None,
+                 note, dict blocked not None, fail):
+        self.note, self.blocked, self.fail = note, blocked, fail
+
+    def remember(self, uint64_t call, x, out, ready) -> None:
+        if ready.program is not None:
+            Calls.remember(self, call, x, out, ready)
+
+    cpdef object start(self, uint64_t call, x, out, what, Py_ssize_t budget):
+        return None
+
+    def run(self, x, op, out, what, double spin):
+        cdef Known *known
+        cdef Work work
+        cdef tuple made
+        call = self.ops.get(op) if type(op) is str else None
+        if call is None or running_loop() is not None:
+            return None
+        known = self.find(call, x, out)
+        if known == NULL:
+            return None
+        made, signature, about, dtype = <tuple>known.program, <object>known.signature, <object>known.about, <object>known.dtype
+        target = empty(x.shape, dtype) if out is None else out
+        work = self.made(what, about, x, target, out)
+        self.note(work, signature)
+        thread = get_ident()
+        self.blocked[thread] = work
+        try:
+            made[0](x if lie_apart(x, target) else made[2], target, made[1])
+        except Exception as error:
+            self.fail(work, error)
+        finally:
+            del self.blocked[thread]
+        work.finish(target)
         return work

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 _AT_ONCE_BYTES = 65536  # a send of less is over when it was called, as on the ring
 _LAST_WORDS_SECONDS = 0.5  # between the message of a process that must end and its end: others have theirs to say
 _LOOK_SECONDS = 0.1
-_KNOWN_MOST = 64
 _P2P = (Collective.SEND, Collective.RECV)
 _OF_A_BLOCK = (Collective.ALL_GATHER, Collective.GATHER)  # their shape is one rank's
 
@@ -58,7 +57,6 @@ class MpiGroup(CoreGroup):
         self, world: MpiWorld, ranks: Any, rank: int, name: str, identity: int, timeout: float | None, comms: Comms
     ) -> None:
         super().__init__(world, ranks, rank, name, identity, timeout)
-        self.known = cast(Any, Reductions(self))
         self._made = comms
         self._wording = Wording(world.words, rank, self.size)
         self._worker = Worker(name)
@@ -70,6 +68,9 @@ class MpiGroup(CoreGroup):
         self.flying: set[Work] = set()  # by MPI
         self.blocked: dict[int, Work] = {}  # by thread, what it waits for inside MPI
         self._face = _Blocking(self, None)
+        self.known = _fastpath.BlockingCalls(
+            Work, self._face, None, identity, self.ranks, self._recent, KNOWN_OPS, self.note, self.blocked, self.raise_for
+        )
 
     # -- submitting
 
@@ -100,8 +101,15 @@ class MpiGroup(CoreGroup):
             self.world.compare_soon()
 
     def ready(self, call: Call) -> Ready:
-        """Return what carries out a call that goes over the links; of others the call itself, for ``Reductions``."""
-        return cast(Ready, call) if travels(call) else super().ready(call)
+        """Return what carries out a call that goes over the links, or one that ``known`` may remember."""
+        if not travels(call):
+            return super().ready(call)
+        made, words = None, self._wording.words
+        plain = call.kind is Collective.ALL_REDUCE and call.dtype not in HALF and call.op is not Op.MEAN
+        if plain and self._bytes(call) <= ITEMS_MOST:  # nothing is to do before and after it
+            made = self._comms()[self._is_large(call)].Allreduce, words.op(call.dtype, call.op), words.mpi.IN_PLACE
+        signature, about = self._face.described(call)
+        return Ready(cast(_fastpath.Program, made), signature, self.identity, about)
 
     def take_called(self) -> mpi_calls.Told:
         """Return what was called since the last time."""
@@ -256,15 +264,6 @@ class MpiGroup(CoreGroup):
         """Return this group as calls see it that block, for at most ``limit`` seconds."""
         return self._face if limit is None else _Blocking(self, limit)
 
-    def direct(self, call: Call) -> tuple[Any, ...] | None:
-        """Return what ``Reductions`` needs of an all-reduce that blocks and needs nothing before and after it, None of others."""
-        words = self._wording.words
-        plain = call.dtype not in HALF and call.op is not Op.MEAN and self._bytes(call) <= ITEMS_MOST
-        if self.failure is not None or not plain or not self._made.done():
-            return None
-        comm = self._comms()[self._is_large(call)]
-        return comm.Allreduce, words.op(call.dtype, call.op), *self._face.described(call), words.mpi.IN_PLACE
-
     def block(self, work: Work) -> bool:
         """Wait in this thread for a work that MPI moves; False: the engine moves it."""
         if not cast(Work, work.pending()).lent:
@@ -377,71 +376,3 @@ class _Blocking(MpiGroup):
 
 class Disagreement(Exception):
     """A message was not what its receiver expected."""
-
-
-class Reductions:
-    """The all-reduces of one group that were made before, as ``_known.pxi`` has them for the ring: here those that block.
-
-    Only what MPI does without help: one call, with nothing before and after it.
-    """
-
-    def __init__(self, group: MpiGroup) -> None:
-        self._group = group
-        self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-
-    def reduce(self, x: Any, op: str, out: Any, what: str, budget: int) -> None:
-        """Every awaited call goes the long way: beside the turns of a loop it costs little."""
-
-    def start(self, call: int, x: Any, out: Any, what: str, budget: int) -> None:
-        """As ``reduce``, of other collectives: in both front ends."""
-
-    def run(self, x: Any, op: str, out: Any, what: str, spin: float) -> Work | None:
-        """Make a blocking call that was made before; None if it was not."""
-        if type(x) is not np.ndarray or type(op) is not str:
-            return None
-        known = self._known.get((KNOWN_OPS.get(op), x.dtype, x.shape, out is x))
-        if known is None:
-            return None
-        flags = x.flags
-        if not (flags.c_contiguous and flags.aligned) or asyncio._get_running_loop() is not None:
-            return None
-        all_reduce, operator, signature, about, in_place = known
-        if out is None:
-            target = _fastpath.empty(x.shape, x.dtype)
-        elif out is x or (_fastpath.lies_like(out, x) and _fastpath.lie_apart(out, x)):
-            target = out
-        else:
-            return None
-        group = self._group
-        work = Work(group)
-        work.what, work.about, work.result = what, about, target
-        group.note(work, signature)
-        thread = threading.get_ident()
-        group.blocked[thread] = work
-        try:
-            all_reduce(in_place if out is x else x, target, operator)
-        except Exception as error:
-            group.raise_for(work, error)
-        finally:
-            del group.blocked[thread]
-        work.finish(target)
-        return work
-
-    def remember(self, call: int, x: Any, out: Any, ready: Any) -> None:
-        """Keep what a call that was checked needs, if it is an all-reduce."""
-        if call not in KNOWN_OPS.values() or not (out is x or _fastpath.lie_apart(out, x)):
-            return
-        if len(self._known) >= _KNOWN_MOST:
-            self._known.clear()
-        found = self._group.direct(ready)
-        if found is not None:
-            self._known[call, x.dtype, x.shape, out is x] = found
-
-    def forget(self) -> None:
-        """Forget every call."""
-        self._known.clear()
-
-    def break_off(self, failure: Callable[..., BaseException]) -> None:
-        """Find no call any more."""
-        self._known.clear()
-        self._known = {}

@@ -123,15 +123,12 @@ def name_of(mpi: Any) -> str:
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _INTEGERS = {Op.SUM: "SUM", Op.PROD: "PROD", Op.MIN: "MIN", Op.MAX: "MAX", Op.AND: "BAND", Op.OR: "BOR", Op.XOR: "BXOR"}
 _BOOLS = {Op.SUM: "LOR", Op.MAX: "LOR", Op.OR: "LOR", Op.PROD: "LAND", Op.MIN: "LAND", Op.AND: "LAND", Op.XOR: "LXOR"}
+_SATURATED_BYTES = 2  # Open MPI's vectorised sums of 8 and 16 bits end at the highest number instead of wrapping
 _FLOATS = {Op.SUM: "SUM", Op.PROD: "PROD"}  # MPI leaves open what its MIN and MAX make of NaN
 _TYPES = {
     DType.BOOL: "C_BOOL", DType.FLOAT16: "UINT16_T", DType.BFLOAT16: "UINT16_T", DType.FLOAT32: "FLOAT", DType.FLOAT64: "DOUBLE",
     DType.COMPLEX64: "C_FLOAT_COMPLEX", DType.COMPLEX128: "C_DOUBLE_COMPLEX",
 }  # fmt: skip
-
-
-# Where a processor has AVX, Open MPI's own operators stop at the largest number in place of wrapping.
-_SATURATED = frozenset((dtype, Op.SUM) for dtype in (DType.INT8, DType.UINT8, DType.INT16, DType.UINT16))
 
 
 def _native(dtype: DType, op: Op) -> str | None:
@@ -142,7 +139,9 @@ def _native(dtype: DType, op: Op) -> str | None:
         return _FLOATS.get(op)
     if dtype in (DType.COMPLEX64, DType.COMPLEX128):
         return "SUM" if op is Op.SUM else None
-    return None if dtype in _TYPES else _INTEGERS[op]
+    if dtype in _TYPES or (op is Op.SUM and ITEMSIZE[dtype] <= _SATURATED_BYTES):
+        return None
+    return _INTEGERS[op]
 
 
 class Words:
@@ -152,7 +151,6 @@ class Words:
         self.mpi = mpi
         self._types = {code: getattr(mpi, _TYPES.get(code, f"{code.name}_T")) for code in DType}
         self._ops: dict[tuple[DType, Op], Any] = {}
-        self._wrong = _SATURATED if mpi.get_vendor()[0] == "Open MPI" else frozenset()
 
     def type(self, dtype: DType) -> Any:
         """Return the MPI type of a dtype; of halves that of whole numbers of their size."""
@@ -163,7 +161,7 @@ class Words:
         op = Op.SUM if op is Op.MEAN else op
         found = self._ops.get((dtype, op))
         if found is None:
-            native = _native(dtype, op) if (dtype, op) not in self._wrong else None
+            native = _native(dtype, op)
             found = self._ops[dtype, op] = self._made(dtype, op) if native is None else getattr(self.mpi, native)
         return found
 
