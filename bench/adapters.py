@@ -31,6 +31,7 @@ class Adapter:
     """A system under test; ``bind`` readies one call, ``samples`` times it."""
 
     kind = ""  # which of a collective's ``binds`` is called
+    meeting = ""  # how its ranks meet, if not as the kind says
     reduces = True  # else there is no result to check
 
     def __init__(self, rank: int, size: int) -> None:
@@ -118,6 +119,18 @@ class RtSync(_Rt):
         self._module().barrier()
 
 
+class RtSyncOnMpich(RtSync):
+    """The blocking front end on backend mpi, with the library that ``Mpich`` calls."""
+
+    meeting = "rt mpich"
+
+
+class RtSyncOnOpenMpi(RtSync):
+    """The blocking front end on backend mpi, with the library that ``OpenMpi`` calls."""
+
+    meeting = "rt openmpi"
+
+
 class RtNoSpin(RtSync):
     """The blocking front end without its brief polling before it sleeps: what is left to an event loop, which must not poll either."""
 
@@ -165,6 +178,18 @@ class RtAsync(_Rt):
 
     def close(self) -> None:
         self._runner.close()
+
+
+class RtAsyncOnMpich(RtAsync):
+    """The asyncio front end on backend mpi, with the library that ``Mpich`` calls."""
+
+    meeting = "rt mpich"
+
+
+class RtAsyncOnOpenMpi(RtAsync):
+    """The asyncio front end on backend mpi, with the library that ``OpenMpi`` calls."""
+
+    meeting = "rt openmpi"
 
 
 class Gloo(Adapter):
@@ -307,6 +332,10 @@ class Tcp(Adapter):
 ADAPTERS: dict[str, type[Adapter]] = {
     "rt sync": RtSync,
     "rt async": RtAsync,
+    "rt sync mpich": RtSyncOnMpich,
+    "rt async mpich": RtAsyncOnMpich,
+    "rt sync openmpi": RtSyncOnOpenMpi,
+    "rt async openmpi": RtAsyncOnOpenMpi,
     "nospin": RtNoSpin,
     "gloo": Gloo,
     "mlx": Mlx,
@@ -314,4 +343,5 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "openmpi": OpenMpi,
     "tcp": Tcp,
 }
+MPI_PEERS = ("mpich", "openmpi")
 PEERS = ("gloo", "mlx", "mpich", "openmpi", "nospin", "tcp")  # the last two are no systems but what ours are held against

@@ -22,5 +22,5 @@ def run(options: measure.Options) -> measure.Result:
         systems = []
         for name in options.systems:
             measure.progress(f"starting {options.size} ranks of {name}")
-            systems.append(stack.enter_context(running(name, ADAPTERS[name].kind, options.size, [*RANK, name])))
+            systems.append(stack.enter_context(running(name, ADAPTERS[name].meeting or ADAPTERS[name].kind, options.size, [*RANK, name])))
         return measure.run(options, systems)

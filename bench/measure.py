@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bench.adapters import ADAPTERS
+from bench.adapters import ADAPTERS, MPI_PEERS
 from bench.collectives import Collective
 from bench.data import DTYPES, OPS
 from bench.samples import Cell
@@ -53,11 +53,13 @@ class Options:
     fronts: tuple[str, ...] = ("sync", "async")
     peers: tuple[str, ...] = ()
     check: bool = True
+    backend: str = "ring"
 
     @property
     def systems(self) -> tuple[str, ...]:
-        """Names of all systems, rt's front ends first."""
-        return (*(f"rt {front}" for front in self.fronts), *self.peers)
+        """Names of all systems, rt's front ends first: on backend mpi those on each MPI library among the peers."""
+        libraries = [f" {peer}" for peer in self.peers if peer in MPI_PEERS] if self.backend == "mpi" else [""]
+        return (*(f"rt {front}{library}" for library in libraries for front in self.fronts), *self.peers)
 
     @property
     def itemsize(self) -> int:

@@ -134,9 +134,10 @@ def _mpi_prefix(name: str) -> Path:
 
 
 def meet(system: str, size: int, folder: Path) -> Meeting:
-    """Prepare the meeting of ``size`` ranks of ``rt``, ``gloo``, ``mlx`` or ``tcp`` over TCP loopback, or of ``mpich`` or ``openmpi``."""
-    if system in _MPI:
-        return _meet_mpi(system, size, folder)
+    """Prepare the meeting of ``size`` ranks of ``rt``, ``gloo``, ``mlx`` or ``tcp`` over TCP loopback, or of ``mpich`` or ``openmpi``, by
+    itself or (``rt mpich``) under rt."""
+    if system.removeprefix("rt ") in _MPI:
+        return _meet_mpi(system.removeprefix("rt "), size, folder, ours=system.startswith("rt "))
     return {"rt": _meet_rt, "gloo": _meet_gloo, "mlx": _meet_mlx, "tcp": _meet_tcp}[system](size, folder)
 
 
@@ -180,13 +181,14 @@ def _meet_tcp(size: int, folder: Path) -> Meeting:
     return Meeting(sys.executable, OURS, ranks, right + left, list(ends))
 
 
-def _meet_mpi(name: str, size: int, folder: Path) -> Meeting:
+def _meet_mpi(name: str, size: int, folder: Path, *, ours: bool) -> Meeting:
     mpi, prefix = _MPI[name], _mpi_prefix(name)
-    environ = {**_bench_alone(folder), "MPI4PY_LIBMPI": str(prefix / "lib" / mpi.library)}
+    environ = {**({**OURS, "RT_BACKEND": "mpi"} if ours else _bench_alone(folder)), "MPI4PY_LIBMPI": str(prefix / "lib" / mpi.library)}
     if mpi.prefix_in is not None:
         environ[mpi.prefix_in] = str(prefix)
     command = (str(prefix / "bin" / mpi.starter), *mpi.options, "-n", str(size))
-    return Meeting(peers_python(), environ, [{} for _ in range(size)], launcher=Launcher(command, mpi.rank_in, folder))
+    python = sys.executable if ours else peers_python()
+    return Meeting(python, environ, [{} for _ in range(size)], launcher=Launcher(command, mpi.rank_in, folder))
 
 
 def _bench_alone(folder: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench import measure, report
-from bench.adapters import PEERS
+from bench.adapters import MPI_PEERS, PEERS
 from bench.collectives import COLLECTIVES, Collective
 from bench.data import DTYPES, OPS
 
@@ -109,6 +109,7 @@ def add(command: argparse.ArgumentParser, collective: Collective) -> None:
     option("-c", type=int, choices=(0, 1), default=1, help="verify the results (default: 1)")
     option("--front", type=choice_of(_FRONTS), default="sync,async", help="front ends of rt, the table's first (default: sync,async)")
     option("--peers", type=choice_of(PEERS), default=(), help=f"systems to compare with, out of {','.join(PEERS)}")
+    option("--backend", choices=("ring", "mpi"), default="ring", help="of rt; mpi: on each MPI library among the peers (default: ring)")
     option("--stats", action="store_true", help="also least, largest, 99th percentile and standard deviation over mean of the samples")
     option("--format", choices=report.FORMATS, default="nccl", help="whose table (default: nccl)")
     option("--plot", metavar="F.png", help="also draw time over size, all systems; needs matplotlib (pip install rt-collectives[bench])")
@@ -125,6 +126,8 @@ def options(arguments: argparse.Namespace, job_size: int | None = None) -> measu
     size = ranks_of(arguments.n, job_size)
     if job_size is not None and arguments.peers:
         raise argparse.ArgumentTypeError(f"--peers {','.join(arguments.peers)} starts ranks of its own, which cannot be done inside a job")
+    if arguments.backend == "mpi" and (job_size is not None or not set(arguments.peers) & set(MPI_PEERS)):
+        raise argparse.ArgumentTypeError("--backend mpi: found no MPI library among --peers, expected mpich, openmpi or both, not in a job")
     for peer in arguments.peers:
         if not measure.places(peer, collective):
             able = [name for name in PEERS if measure.places(name, collective)]
@@ -136,7 +139,7 @@ def options(arguments: argparse.Namespace, job_size: int | None = None) -> measu
     sizes = {**_sizes(arguments), "dtype": arguments.d} if collective.moves else {}
     found = measure.Options(
         collective, size, **sizes, iters=arguments.iters, warmup=arguments.w, op=given.get("o", "sum"), root=given.get("r", 0),
-        fronts=arguments.front, peers=arguments.peers, check=bool(arguments.c),
+        fronts=arguments.front, peers=arguments.peers, check=bool(arguments.c), backend=arguments.backend,
     )  # fmt: skip
     return _checked(found)
 
