@@ -6,6 +6,7 @@ May live here: which bodies of other test modules run on MPI, and how large; wha
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -94,3 +95,51 @@ SUITE: list[tuple[Callable[..., Any], int, tuple[Any, ...]]] = [
 @pytest.mark.parametrize(("body", "size", "args"), SUITE, ids=[f"{b.__module__[5:]}.{b.__name__}-{n}" for b, n, _ in SUITE])
 def test_as_on_the_ring(library: str, front: str, body: Callable[..., Any], size: int, args: tuple[Any, ...]) -> None:
     results(size, body, library=library, front=front, args=args)
+
+
+async def cancelled(rt: Any, group: Any, ctl: Any, count: int) -> float:
+    """A cancelled await ends when the collective has, and the memory is the caller's again then."""
+    x, out = np.ones(count, np.float32), np.zeros(count, np.float32)
+    await rt.barrier()
+    if group.rank() == 0:
+        task = asyncio.ensure_future(as_coroutine(rt.all_sum(x, out=out)))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        assert not task.done(), "the other rank has not called"
+        await group.send_object("call", 1)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert out[-1] == group.size(), "MPI has written it by now"
+    else:
+        await group.recv_object(0)
+        await rt.all_sum(x, out=out)
+    return float(await rt.all_sum(1.0))
+
+
+async def as_coroutine(work: Any) -> Any:
+    return await work
+
+
+@libraries
+@pytest.mark.parametrize("count", [1000, 3_000_000])
+def test_a_cancelled_await_waits_for_mpi(library: str, count: int) -> None:
+    assert results(2, cancelled, library=library, front="asyncio", args=(count,)) == [2.0, 2.0]
+
+
+async def far_tags(rt: Any, group: Any, ctl: Any) -> None:
+    """Tags that MPI has not, beside some that it has."""
+    tags = (0, 1, 2**15 - 1, 2**15, 2**62, -1)
+    x = np.arange(3)
+    if group.rank() == 0:
+        for tag in tags:
+            await rt.send(x + tag % 1000, 1, tag=tag)
+    else:
+        for tag in reversed(tags):
+            assert np.array_equal(await rt.recv(3, x.dtype, 0, tag=tag), x + tag % 1000), tag
+
+
+@libraries
+@fronts
+def test_tags_of_64_bits(library: str, front: str) -> None:
+    results(2, far_tags, library=library, front=front)
