@@ -37,7 +37,9 @@ def choose_backend(backend: str, environ: Environ = os.environ, strict: bool = F
     wanted = environ.get("RT_BACKEND", "any")
     if wanted not in BACKENDS:
         raise ConfigError(f"RT_BACKEND: found {wanted!r}, expected one of {', '.join(BACKENDS)}")
-    return "ring" if wanted == "any" else _if_available(wanted, True, f"RT_BACKEND: found {wanted!r}")
+    if wanted == "any":
+        return "jaccl" if configured_for_rdma(environ) and is_available("jaccl") else "ring"
+    return _if_available(wanted, True, f"RT_BACKEND: found {wanted!r}")
 
 
 def is_available(backend: str = "any") -> bool:
@@ -58,6 +60,11 @@ def unavailable(backend: str) -> str:
 
         return verbs.missing()
     return "which this version does not have yet, expected 'ring' or 'mpi'"
+
+
+def configured_for_rdma(environ: Environ = os.environ) -> bool:
+    """Say whether RDMA devices are named, and no ring file: as MLX's launcher does it for its ``jaccl``."""
+    return any(f"{of}_IBV_DEVICES" in environ for of in ("RT", "JACCL", "MLX")) and not {"RT_HOSTFILE", "MLX_HOSTFILE"} & environ.keys()
 
 
 def check_devices(chosen: str | None, keywords: dict[str, object]) -> None:

@@ -57,11 +57,6 @@ class RdmaConfig:
         return a != b and (not self.ring or (a - b) % size in (1, size - 1))
 
 
-def is_configured(environ: Environ = os.environ) -> bool:
-    """Say whether some variable of this backend is set: the reason for ``any`` to try it."""
-    return any(name in environ for name in (*_DEVICES, *_COORDINATORS[1:]))
-
-
 def resolve_rdma(
     *,
     rank: int | None = None,

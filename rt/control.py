@@ -217,6 +217,8 @@ class Control:
             self._leaving.set()
             for sock in (sock for socks in wiring.data.values() for sock in socks):
                 sock.close()
+            if wiring.rdma is not None:
+                wiring.rdma.close()
         try:
             await self._leaving.wait()
             await self._farewell()

@@ -1,7 +1,8 @@
-"""``rt.doctor``: why is it slow, why is it stuck?
+"""``rt.doctor``: why is it slow, why is it stuck, which RDMA devices are there?
 
 May live here: the command line, and the way from it to an exit code. May not: the parts. Hosts and the ways between them are examined in
-``_doctor_network`` and judged in ``_doctor_findings``; a running job is asked in ``_doctor_job``.
+``_doctor_network`` and judged in ``_doctor_findings``; a running job is asked in ``_doctor_job``,
+RDMA devices in ``_doctor_rdma``.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ examples:
   rt.doctor --hostfile hosts.json --json        all that was seen, for a program or a bug report
   rt.doctor --job                               what does each rank wait for? On a host of the job, as its user
   rt.doctor --hostfile hosts.json --job         the same from anywhere
+  rt.doctor --rdma                              devices, ports and GIDs of this host, for --backend jaccl
 
 Nothing needs to run on the hosts but sshd and Python; nothing is left there. Pairs are measured in rounds that do not disturb each other:
 about two seconds per host.
@@ -44,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the doctor and return its exit code; wrong usage raises SystemExit(2)."""
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.rdma and options.job is not None:
+        parser.error("argument --rdma: not allowed with argument --job")
+    if options.rdma:
+        return _rdma(options.json)
     if options.job is None and options.hosts is None and options.hostfile is None:
-        parser.error("one of the arguments --hostfile --hosts --job is required")
+        parser.error("one of the arguments --hostfile --hosts --job --rdma is required")
     try:
         if options.job is not None:
             return _ask(options)
@@ -68,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", metavar="F.json", help="the hosts to look at, as rt.launch takes them")
     where.add_argument("--hosts", metavar="A,B", help="the hosts to look at, by name or address")
+    where.add_argument("--rdma", action="store_true", help="which RDMA devices has this host, and why can one not be used?")
     add = parser.add_argument
     add("--job", nargs="?", const="", metavar="ID", help="what does each rank of a job do that runs there, or here? ID: which job")
     add("--python", default=sys.executable, metavar="PY", help="interpreter on the hosts (default: the path of this one)")
@@ -93,6 +100,19 @@ def _examine(hosts: Sequence[Host], python: str, choice: interfaces.Choice | Non
 
         show(Console(), examination.hosts, examination.links, findings)
     return 1 if findings else 0
+
+
+def _rdma(as_text: bool) -> int:
+    from rt import _doctor_rdma
+
+    found, why = _doctor_rdma.survey()
+    if as_text:
+        print(_doctor_rdma.as_json(found, why))
+    else:
+        from rich.console import Console
+
+        _doctor_rdma.show(Console(), found, why)
+    return 0 if any(port["usable"] for port in found) else 1
 
 
 def _ask(options: argparse.Namespace) -> int:

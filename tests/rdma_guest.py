@@ -31,8 +31,8 @@ DEBIAN = (  # `make test-rdma` installs them
 ).split()
 SECONDS = 600
 SUITE = (
-    "python -m pytest -q -p no:cacheprovider -o junit_family=xunit1 --timeout 120 tests/test_links.py tests/rdma_suite.py "
-    "--junitxml=$OUT/junit.xml"
+    "python -m pytest -q -p no:cacheprovider -o junit_family=xunit1 --timeout 120 --durations 8 -k rdma "
+    "tests/test_links.py tests/rdma_suite.py --junitxml=$OUT/junit.xml"
 )
 _PYVERBS = Path("/usr/lib/python3/dist-packages/pyverbs")  # for Debian's Python, whose extensions any other of its version loads
 _PACKAGES = ("numpy", "ml_dtypes", "optree", "psutil", "rich", "uvloop", "pytest", "pytest-asyncio", "pytest-timeout")

@@ -266,9 +266,11 @@ def test_ctrl_c_ends_the_waiting(more: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "one of the arguments --hostfile --hosts --job is required"),
+        ((), "one of the arguments --hostfile --hosts --job --rdma is required"),
         (("--hosts", "a", "--hostfile", "F"), "not allowed with argument"),
         (("--hosts", "a,,b", "--job"), "entry [1] of 'a,,b'"),
+        (("--rdma", "--job"), "--rdma: not allowed with argument --job"),
+        (("--rdma", "--hosts", "a"), "not allowed with argument"),
         (("--hostfile", "/nowhere.json"), "hostfile /nowhere.json: found 'No such file or directory', expected a JSON list of hosts"),
         (("--hosts", "a,,b"), "entry [1] of 'a,,b'"),
         (("--hosts", "a", "--iface", "eth0,"), "--iface: found an empty entry in 'eth0,', expected names or networks"),

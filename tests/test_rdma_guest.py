@@ -13,6 +13,7 @@ import rdma_guest
 
 import rt
 import rt.sync
+from rt import doctor
 from transports import verbs
 
 WHY_NOT = rdma_guest.missing()
@@ -34,3 +35,9 @@ def test_without_pyverbs_it_says_what_to_install() -> None:
     assert not rt.is_available("jaccl")
     with pytest.raises(rt.ConfigError, match=r"^keyword backend: found 'jaccl', pyverbs cannot be loaded .*rt-collectives\[rdma\]"):
         rt.sync.init(strict=True, backend="jaccl")
+
+
+@pytest.mark.skipif(not verbs.missing(), reason="pyverbs is installed")
+def test_the_doctor_says_so_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--rdma"]) == 1
+    assert "pyverbs cannot be loaded" in capsys.readouterr().out

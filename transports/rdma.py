@@ -171,13 +171,14 @@ class RdmaLink:
     # Sending
 
     def _wait_for_room(self) -> int:
+        arrived = self._arrived
         while not self._room() and self._settle():
             pass
         if not self._room():
             self._rest()
         room = self._room()
         self._blocked = not room
-        if self._arrived != self._taken:
+        if self._arrived != arrived:
             self.wake()  # found on the way, and no event will tell of it
         self._check()
         if self._ended:
