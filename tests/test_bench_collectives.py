@@ -404,7 +404,8 @@ def test_the_bare_exchange_moves_the_bytes_of_an_all_reduce(size: int, share: in
 
 def test_what_ranks_are_reached_by() -> None:
     world = World.__new__(World)
-    world.rank, world.size, world.addresses, world.shared = 1, 4, {0: "10.0.0.1:5", 3: "127.0.0.1:9"}, {(1, 3)}
+    world.rank, world.size, world.rdma = 1, 4, None
+    world.addresses, world.shared = {0: "10.0.0.1:5", 3: "127.0.0.1:9"}, {(1, 3)}
     assert world.links() == {0: "tcp 10.0.0.1:5", 2: "relayed", 3: "shm"}
 
 
