@@ -74,27 +74,41 @@ SUITE: list[tuple[Callable[..., Any], int, tuple[Any, ...]]] = [
     (test_concurrency.tags, 3, ()),
     (test_concurrency.exchange, 2, ((0, 1, 16_383),)),
     (test_concurrency.large_send, 3, ()),
-    (test_concurrency.many_in_flight, 3, ()),
-    (test_concurrency.hundred, 3, ()),
-    (test_concurrency.opposite, 2, ()),
     (test_concurrency.splits, 4, ()),
-    (test_concurrency.split_order, 2, ()),
-    (test_concurrency.concurrent_groups, 4, ()),
     (test_fused.sums, 3, ()),
     (test_fused.outs, 2, ()),
     (test_gradients.trees, 2, ()),
     (test_gradients.of_groups, 3, ()),
     (test_objects.every_call, 3, (test_objects.BYTES[:6],)),
     (test_objects.in_call_order, 2, (1,)),
+]
+
+
+LOOPS_SUITE: list[tuple[Callable[..., Any], int, tuple[Any, ...]]] = [  # several calls at once, which cannot all block
+    (test_concurrency.many_in_flight, 3, ()),
+    (test_concurrency.hundred, 3, ()),
+    (test_concurrency.opposite, 2, ()),
+    (test_concurrency.split_order, 2, ()),
+    (test_concurrency.concurrent_groups, 4, ()),
     (test_objects.two_threads, 2, ()),
 ]
 
 
+def named(suite: list[tuple[Callable[..., Any], int, tuple[Any, ...]]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("body", "size", "args"), suite, ids=[f"{b.__module__[5:]}.{b.__name__}-{n}" for b, n, _ in suite])
+
+
 @libraries
 @fronts
-@pytest.mark.parametrize(("body", "size", "args"), SUITE, ids=[f"{b.__module__[5:]}.{b.__name__}-{n}" for b, n, _ in SUITE])
+@named(SUITE)
 def test_as_on_the_ring(library: str, front: str, body: Callable[..., Any], size: int, args: tuple[Any, ...]) -> None:
     results(size, body, library=library, front=front, args=args)
+
+
+@libraries
+@named(LOOPS_SUITE)
+def test_as_on_the_ring_in_a_loop(library: str, body: Callable[..., Any], size: int, args: tuple[Any, ...]) -> None:
+    results(size, body, library=library, front="asyncio", args=args)
 
 
 async def cancelled(rt: Any, group: Any, ctl: Any, count: int) -> float:
