@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rt.mpi_world import MpiWorld
 
 _AT_ONCE_BYTES = 65536  # a send of less is over when it was called, as on the ring
-_LAST_WORDS_SECONDS = 0.5  # between the message of a process that must end and its end: others have theirs to say
+LAST_WORDS_SECONDS = 0.5  # between the message of a process that must end and its end: others have theirs to say
 _LOOK_SECONDS = 0.1
 _P2P = (Collective.SEND, Collective.RECV)
 _OF_A_BLOCK = (Collective.ALL_GATHER, Collective.GATHER)  # their shape is one rank's
@@ -305,7 +305,7 @@ class MpiGroup(CoreGroup):
     def _end_process(self) -> None:
         """Threads are inside a call of MPI that will not return, and nobody can get them out."""
         print(f"[rt] rank {self.rank}/{self.size}: a blocking call of MPI cannot be undone: this process ends", file=sys.stderr, flush=True)
-        timer = threading.Timer(_LAST_WORDS_SECONDS, os._exit, [1])
+        timer = threading.Timer(LAST_WORDS_SECONDS, os._exit, [1])
         timer.daemon = True
         timer.start()
 

@@ -29,7 +29,7 @@ from rt.blame import Report
 from rt.bootstrap import HostInfo
 from rt.errors import ConfigError, GroupBrokenError, MismatchError, ProtocolError, RendezvousError
 from rt.group import CoreGroup, hash64
-from rt.mpi_group import Disagreement, MpiGroup
+from rt.mpi_group import LAST_WORDS_SECONDS, Disagreement, MpiGroup
 from rt.mpi_waiting import Requests, patiently
 from rt.secret import KEY_BYTES, Secret, resolve_secret
 from transports import mpi
@@ -283,8 +283,12 @@ def _finish() -> None:
     assert _words is not None
     ours = sys.modules["mpi4py"].rc.finalize is False  # who initialised MPI ends it
     whole = all(world.whole for world in worlds.worlds() if isinstance(world, MpiWorld))
-    if ours and whole and not _words.mpi.Is_finalized():
+    if not ours or _words.mpi.Is_finalized():
+        return
+    if whole:
         _words.mpi.Finalize()
+    elif _words.mpi.COMM_WORLD.Get_size() > 1:  # the launcher ends the others as soon as this process is gone
+        time.sleep(LAST_WORDS_SECONDS)
 
 
 __all__ = ["MpiWorld", "load", "make", "ring"]

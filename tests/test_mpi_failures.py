@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
+import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from mpi import libraries, run
 from ranks import Outcome
 
 from rt.errors import CollectiveTimeoutError, GroupAbortedError, GroupBrokenError, GroupClosedError, MismatchError, PeerLostError
+from rt.mpi_group import LAST_WORDS_SECONDS
 
 fronts = pytest.mark.parametrize("front", ["sync", "asyncio"])
 
@@ -121,17 +125,34 @@ def test_a_time_limit(library: str, front: str) -> None:
         assert "not done 0.3 s after rank 0 called; it waits for rank 1, which did not call" in text
 
 
-async def aborts(rt: Any, group: Any, ctl: Any) -> Any:
-    await rt.barrier()
+async def aborts(rt: Any, group: Any, ctl: Any, held: bool) -> Any:
     if group.rank() == 1:
+        await rt.all_sum(np.ones(10))
         group.abort()
-    return await until_broken(lambda: rt.all_sum(np.ones(10)))
+    caught = await until_broken(lambda: rt.all_sum(np.ones(10)))
+    print(f"rank {group.rank()} caught {caught[0]} at {time.time()}", file=sys.stderr, flush=True)
+    if held:
+        ctl.tell(caught[:2])
+        ctl.hear()
+    return None
 
 
 @libraries
 def test_abort(library: str) -> None:
-    for outcome in run(3, aborts, library=library, front="asyncio"):
-        assert outcome.value[:2] == (GroupAbortedError.__name__, 1)
+    from mpi import MpiRanks
+
+    with MpiRanks(3, aborts, library=library, front="asyncio", args=(True,)) as ranks:
+        # Nobody ends before all have told: with the first, MPI's launcher ends the others.
+        assert [ranks.hear(rank) for rank in range(3)] == [(GroupAbortedError.__name__, 1)] * 3
+
+
+@libraries
+def test_ranks_that_end_after_abort_leave_each_other_time(library: str) -> None:
+    printed = run(3, aborts, library=library, front="asyncio", args=(False,))[0].stderr
+    ended = time.time()  # of MPI's launcher, which ends all ranks when one has ended
+    caught = re.search(rf"rank \d caught {GroupAbortedError.__name__} at ([\d.]+)", printed)
+    assert caught is not None, printed
+    assert ended - float(caught[1]) > LAST_WORDS_SECONDS
 
 
 async def closes(rt: Any, group: Any, ctl: Any) -> str:
