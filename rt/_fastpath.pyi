@@ -110,10 +110,11 @@ class Calls:
     def start(self, call: int, x: Any, out: Any, what: str, budget: int) -> Any: ...
     def run(self, x: Any, op: str, out: Any, what: str, spin: float) -> Any: ...
 
-class BlockingCalls(Calls):
+class LibraryCalls(Calls):
     def __init__(
         self, make: type[Work], group: Any, engine: Engine | None, identity: int, ranks: list[int], recent: list[tuple[int, bytes]],
-        ops: dict[str, int], note: Callable[[Any, bytes], None], blocked: dict[int, Any], fail: Callable[[Any, Exception], NoReturn],
+        ops: dict[str, int], begin: Callable[[Any, Any, tuple[Any, ...], bytes], None], note: Callable[[Any, bytes], None],
+        blocked: dict[int, Any], fail: Callable[[Any, Exception], NoReturn],
     ) -> None: ...
 
 @final

@@ -233,47 +233,54 @@ cdef class Calls:
         return work
 
 
-cdef class BlockingCalls(Calls):
-    """As ``Calls``, of a group whose collectives a library makes: all-reduces that block. Instead of a program ``remember`` is given what
-    makes the call, ``(function, operator, in place of x where out is x)``, or None where that is not all that is to do.
+cdef class LibraryCalls(Calls):
+    """As ``Calls``, of a group whose collectives a library makes: its all-reduces. Instead of a program ``remember`` is given what makes
+    the call: the function that blocks, the one that begins (None where a thread makes the call), the operator, what stands in place of x
+    where out is x, and the signature of a call that is awaited. It is given None where that is not all that is to do.
 
     Args:
-        note: called with a work and its signature before the call.
+        begin: called with a work, the function that begins, its arguments, and the signature.
+        note: called with a work and its signature before a call that blocks.
         blocked: where the work stands meanwhile, by thread.
         fail: called with a work and what the library raised; raises what the caller gets.
     """
-    cdef object note, fail
+    cdef object begin, note, fail
     cdef dict blocked
 
     def __init__(self, make, group, Engine engine, uint64_t identity, list ranks not None, list recent not None, dict ops not None,
-                 note, dict blocked not None, fail):
-        self.note, self.blocked, self.fail = note, blocked, fail
+                 begin, note, dict blocked not None, fail):
+        self.begin, self.note, self.blocked, self.fail = begin, note, blocked, fail
 
     def remember(self, uint64_t call, x, out, ready) -> None:
         if ready.program is not None:
             Calls.remember(self, call, x, out, ready)
 
     cpdef object start(self, uint64_t call, x, out, what, Py_ssize_t budget):
-        return None
+        cdef Known *known = self.find(call, x, out)
+        if known == NULL:
+            return None
+        (_, begins, operator, in_place, signature), about, dtype = <tuple>known.program, <object>known.about, <object>known.dtype
+        target = empty(x.shape, dtype) if out is None else out
+        work = self.made(what, about, x, target, out)
+        self.begin(work, begins, (x if lie_apart(x, target) else in_place, target, operator), signature)
+        return work
 
     def run(self, x, op, out, what, double spin):
-        cdef Known *known
-        cdef Work work
-        cdef tuple made
         call = self.ops.get(op) if type(op) is str else None
         if call is None or running_loop() is not None:
             return None
-        known = self.find(call, x, out)
+        cdef Known *known = self.find(call, x, out)
         if known == NULL:
             return None
-        made, signature, about, dtype = <tuple>known.program, <object>known.signature, <object>known.about, <object>known.dtype
+        (blocks, _, operator, in_place, _), about, dtype = <tuple>known.program, <object>known.about, <object>known.dtype
+        signature = <object>known.signature
         target = empty(x.shape, dtype) if out is None else out
         work = self.made(what, about, x, target, out)
         self.note(work, signature)
         thread = get_ident()
         self.blocked[thread] = work
         try:
-            made[0](x if lie_apart(x, target) else made[2], target, made[1])
+            blocks(x if lie_apart(x, target) else in_place, target, operator)
         except Exception as error:
             self.fail(work, error)
         finally:

@@ -33,7 +33,7 @@ class LoopDriver:
         self.loop = loop
         self.thread = threading.get_ident()
         self.turned = time.monotonic()
-        self._engine = engine
+        self.engine = engine
         self._scheduled = False  # a turn was asked of the loop
         self._due = False  # and is still needed
         self._fd = engine.fileno()
@@ -54,13 +54,13 @@ class LoopDriver:
     def spin(self) -> None:
         """Make progress, and poll for a moment where that pays (see ``_fastpath.turn``)."""
         self._due = False
-        if _fastpath.turn(self._engine, BUDGET_BYTES, self._spin_seconds) == _fastpath.BUDGET:
+        if _fastpath.turn(self.engine, BUDGET_BYTES, self._spin_seconds) == _fastpath.BUDGET:
             self._ask()
 
     def follow(self, status: int) -> None:
         """Do what the engine's answer to a submit asks for."""
         # Shared memory wakes nobody who has not asked; that is done by a turn, and if an await makes it first, so much the better.
-        if status == _fastpath.BUDGET or (status == _fastpath.BLOCKED and self._engine.shares_memory):
+        if status == _fastpath.BUDGET or (status == _fastpath.BLOCKED and self.engine.shares_memory):
             self._ask()
 
     def _ask(self) -> None:

@@ -67,10 +67,10 @@ class MpiGroup(CoreGroup):
         self._compared = 0  # of those that were
         self.flying: set[Work] = set()  # by MPI
         self.blocked: dict[int, Work] = {}  # by thread, what it waits for inside MPI
-        self._face = _Blocking(self, None)
-        self.known = _fastpath.BlockingCalls(
-            Work, self._face, None, identity, self.ranks, self._recent, KNOWN_OPS, self.note, self.blocked, self.raise_for
+        self.known = _fastpath.LibraryCalls(
+            Work, self, None, identity, self.ranks, self._recent, KNOWN_OPS, self._begin, self.note, self.blocked, self.raise_for
         )
+        self._face = _Blocking(self, None)
 
     # -- submitting
 
@@ -79,7 +79,7 @@ class MpiGroup(CoreGroup):
         if not travels(call):
             super().submit(what, call, source, target, work, budget)
             return
-        signature, work.about = self.described(call)
+        signature, work.about = self.described(call, self._front)
         work.what = what
         if self.failure is not None:
             raise self.failure(work, True)
@@ -88,9 +88,25 @@ class MpiGroup(CoreGroup):
             work.sequence = self._messages[channel] = self._messages.get(channel, -1) + 1
         else:
             self.note(work, signature)
+        self._lend(work)
+        self._carry(call, source, target, work)
+
+    def _begin(self, work: Work, function: Callable[..., Any] | None, arguments: tuple[Any, ...], signature: bytes) -> None:
+        """Begin an all-reduce that was made before, of arrays that MPI takes as they are."""
+        self.note(work, signature)
+        self._lend(work)
+        if function is None:
+            self._worker.put(lambda: self._carry_large(lambda: self._comms()[1].Allreduce(*arguments), work))
+            return
+        self._ask(work, self._guard(work, lambda: function(*arguments)).Test, lambda: self._ended(work), arguments[1].nbytes, arguments)
+
+    def _ask(self, work: Work, test: Callable[[], bool], end: Callable[[], None], nbytes: int, memory: object) -> None:
+        """Have a request tested until it has ended."""
+        self._drive(Request(test, end, lambda error: self._mpi_failed(work, error), nbytes, self, memory))
+
+    def _lend(self, work: Work) -> None:
         work.lent = True
         self.flying.add(work)
-        self._carry(call, source, target, work)
 
     def note(self, work: Work, signature: bytes) -> None:
         """Number a collective, and have it compared with what the other ranks called."""
@@ -104,12 +120,13 @@ class MpiGroup(CoreGroup):
         """Return what carries out a call that goes over the links, or one that ``known`` may remember."""
         if not travels(call):
             return super().ready(call)
-        made, words = None, self._wording.words
+        made, words, large = None, self._wording.words, self._is_large(call)
+        awaited, blocks = self.described(call, "await"), self.described(call, "block")
         plain = call.kind is Collective.ALL_REDUCE and call.dtype not in HALF and call.op is not Op.MEAN
         if plain and self._bytes(call) <= ITEMS_MOST:  # nothing is to do before and after it
-            made = self._comms()[self._is_large(call)].Allreduce, words.op(call.dtype, call.op), words.mpi.IN_PLACE
-        signature, about = self._face.described(call)
-        return Ready(cast(_fastpath.Program, made), signature, self.identity, about)
+            comm, operator = self._comms()[large], words.op(call.dtype, call.op)
+            made = comm.Allreduce, None if large else comm.Iallreduce, operator, words.mpi.IN_PLACE, awaited[0]
+        return Ready(cast(_fastpath.Program, made), blocks[0], self.identity, blocks[1])
 
     def take_called(self) -> mpi_calls.Told:
         """Return what was called since the last time."""
@@ -119,14 +136,14 @@ class MpiGroup(CoreGroup):
         self._compared += count
         return told
 
-    def described(self, call: Call) -> tuple[bytes, str]:
-        """Return the signature of a call, and it in words."""
-        found = self._described.get((call, self._front))
+    def described(self, call: Call, front: str) -> tuple[bytes, str]:
+        """Return the signature of a call that is awaited or blocks, and it in words."""
+        found = self._described.get((call, front))
         if found is None:
             # What each pair of ranks exchanges in an all-to-all with counts nobody compares; MPI finds out what is too long.
             same = call._replace(shape=(0, *call.shape[1:]), counts=()) if call.kind is Collective.ALL_TO_ALL_V else call
-            signature = self.signature_of(same._replace(kind=Collective.ALL_TO_ALL) if same is not call else call, f"mpi {self._front}")
-            found = self._described[call, self._front] = signature, self.about(call)
+            signature = self.signature_of(same._replace(kind=Collective.ALL_TO_ALL) if same is not call else call, f"mpi {front}")
+            found = self._described[call, front] = signature, self.about(call)
         return found
 
     def _carry(self, call: Call, source: Any, target: Any, work: Work) -> None:
@@ -135,7 +152,7 @@ class MpiGroup(CoreGroup):
         if call.kind in _P2P:
             self._message(small, call, source, target, work)
         elif self._is_large(call):
-            self._worker.put(lambda: self._carry_large(large, call, source, target, work))
+            self._worker.put(lambda: self._carry_large(lambda: self._wording.say(call, source, target).run(large), work))
         else:
             exchange = self._wording.say(call, source, target)
             request = self._guard(work, lambda: exchange.begin(small))
@@ -145,7 +162,7 @@ class MpiGroup(CoreGroup):
                     exchange.after()
                 self._ended(work)
 
-            self._drive(Request(request.Test, end, lambda error: self._mpi_failed(work, error), self._bytes(call), self))
+            self._ask(work, request.Test, end, self._bytes(call), exchange)
 
     def _comms(self) -> tuple[Any, Any]:
         """Return the communicators for small and large calls; of a fresh part of the world they may take a moment."""
@@ -174,12 +191,12 @@ class MpiGroup(CoreGroup):
         else:
             self.mpi_driver(loop).ask()
 
-    def _carry_large(self, comm: Any, call: Call, source: Any, target: Any, work: Work) -> None:
+    def _carry_large(self, make: Callable[[], Any], work: Work) -> None:
         """In the group's thread: wait for the other ranks, which costs nothing, and then make the call, which costs a core."""
         try:
-            together = comm.Ibarrier()
+            together = self._comms()[1].Ibarrier()
             if patiently(together.Test, lambda: work.state != _fastpath.FLYING):
-                self._inside(work, lambda: self._wording.say(call, source, target).run(comm))
+                self._inside(work, make)
                 self._ended(work)
         except Exception as error:
             self._mpi_failed(work, error)
@@ -207,7 +224,7 @@ class MpiGroup(CoreGroup):
             self._ended(work)
             if test():
                 return
-        self._drive(Request(test, end, lambda error: self._mpi_failed(work, error), array.nbytes, self))
+        self._ask(work, test, end, array.nbytes, buffers)
 
     def _check_received(self, work: Work, statuses: list[Any], buffers: list[list[Any]]) -> None:
         for status, (_, count, of) in zip(statuses, buffers, strict=True):
@@ -313,12 +330,13 @@ class MpiGroup(CoreGroup):
 class _Blocking(MpiGroup):
     """An MPI group as calls see it that block: it shares all of the group's state, and makes MPI's blocking calls."""
 
-    __slots__ = ("_limit",)
+    __slots__ = ("_limit", "known")
     _front = "block"
 
     def __init__(self, group: MpiGroup, limit: float | None) -> None:
         self.__dict__ = group.__dict__
         self._limit = limit
+        self.known = cast(_fastpath.Calls, _OnlyRemembers(group.known))
 
     def _carry(self, call: Call, source: Any, target: Any, work: Work) -> None:
         small, large = self._comms()
@@ -372,6 +390,18 @@ class _Blocking(MpiGroup):
     def _drive(self, request: Request) -> None:
         self.world.requests.add(request)
         self.world.requests.watch()
+
+
+class _OnlyRemembers:
+    """A group's table of known calls, for calls that did not find themselves there, or must not look: those that block with a limit."""
+
+    def __init__(self, table: _fastpath.Calls) -> None:
+        self.remember = table.remember
+
+    def start(self, *_: Any) -> None:
+        """Find nothing."""
+
+    reduce = start
 
 
 class Disagreement(Exception):

@@ -21,6 +21,7 @@ from rt.aio import LoopDriver
 LOOP_BYTES = 4 << 20  # a test takes up to 0.6 ms with both libraries; at 16 MiB it takes 3
 _TURNING_SECONDS = 2e-3  # for which a loop tests a call of few bytes
 _TURNING_PER_BYTE = 1.5e-9
+_TURN_SECONDS = 3e-5  # of testing per turn of a loop: a turn itself takes several microseconds, a test one
 _BURST_SECONDS = 1e-4
 _NAP_SHORTEST, _NAP_LONGEST = 5e-5, 1e-2
 _NAP_SHARE = 16  # who has waited for so long sleeps for a sixteenth of it: that is what the wait may last longer for it
@@ -55,12 +56,14 @@ class Request:
         fail: called with what ``test`` or ``end`` raised.
         nbytes: that it moves.
         owner: the group, by which requests are given up together.
+        memory: what MPI reads and writes until then, which a request of mpi4py does not keep alive.
     """
 
     def __init__(
-        self, test: Callable[[], bool], end: Callable[[], None], fail: Callable[[Exception], None], nbytes: int, owner: object
-    ) -> None:
-        self.test, self.end, self.fail, self.owner = test, end, fail, owner
+        self, test: Callable[[], bool], end: Callable[[], None], fail: Callable[[Exception], None], nbytes: int, owner: object,
+        memory: object,
+    ) -> None:  # fmt: skip
+        self.test, self.end, self.fail, self.owner, self.memory = test, end, fail, owner, memory
         self.turning_until = time.monotonic() + _TURNING_SECONDS + nbytes * _TURNING_PER_BYTE
 
 
@@ -83,10 +86,16 @@ class Requests:
     def __len__(self) -> int:
         return len(self._open)
 
-    def poll(self) -> None:
-        """Test every request once, and end those that have."""
+    def turn(self) -> None:
+        """Test for a moment, or until something has ended."""
+        until = time.monotonic() + _TURN_SECONDS
+        while self._open and not self.poll() and time.monotonic() < until:
+            pass
+
+    def poll(self) -> bool:
+        """Test every request once, and end those that have; say whether there were any."""
         if not self._testing.acquire(blocking=False):
-            return
+            return False
         ended: list[tuple[Request, Exception | None]] = []
         try:
             for request in list(self._open):
@@ -109,6 +118,7 @@ class Requests:
                 found = error
             if found is not None:
                 request.fail(found)
+        return bool(ended)
 
     def turning(self) -> bool:
         """Say whether a loop should test again in its next turn; if not, see to it that a thread does."""
@@ -166,9 +176,10 @@ class Driver:
     def spin(self) -> None:
         """Test, and go on in the next turn if that is worth while; the ring's links have theirs."""
         if len(self._requests):
-            self._requests.poll()
+            self._requests.turn()
             self.ask()
-        self._ring.spin()
+        if self._ring.engine.in_flight():  # else it would only poll, for longer than a small call of MPI takes
+            self._ring.spin()
 
     def ask(self) -> None:
         """Have the loop test in its next turn."""
@@ -178,7 +189,7 @@ class Driver:
 
     def _turn(self) -> None:
         self._asked = False
-        self._requests.poll()
+        self._requests.turn()
         self.ask()
 
 
