@@ -103,10 +103,15 @@ class MpiGroup(CoreGroup):
     def _ask(self, work: Work, test: Callable[[], bool], end: Callable[[], None], nbytes: int, memory: object) -> None:
         """Have a request tested until it has ended."""
         self._drive(Request(test, end, lambda error: self._mpi_failed(work, error), nbytes, self, memory))
+        if self.failure is not None:
+            self.world.requests.give_up(self)
 
     def _lend(self, work: Work) -> None:
         work.lent = True
         self.flying.add(work)
+        if self.failure is not None:  # since the group was looked at; from now on who breaks it finds the work
+            self.flying.discard(work)
+            raise self.failure(work, True)
 
     def note(self, work: Work, signature: bytes) -> None:
         """Number a collective, and have it compared with what the other ranks called."""

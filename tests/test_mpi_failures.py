@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -153,6 +154,36 @@ def test_ranks_that_end_after_abort_leave_each_other_time(library: str) -> None:
     caught = re.search(rf"rank \d caught {GroupAbortedError.__name__} at ([\d.]+)", printed)
     assert caught is not None, printed
     assert ended - float(caught[1]) > LAST_WORDS_SECONDS
+
+
+async def breaks_while_one_calls(rt: Any, group: Any, ctl: Any) -> Any:
+    x = np.ones(10)
+    for _ in range(3):  # the first is checked, the others are found
+        await rt.all_sum(x)
+    core, failed = group._core, threading.Event()
+    note, fail = core.note, core.fail
+    core.fail = lambda failure: (fail(failure), failed.set())
+
+    def noted(*arguments: Any) -> None:
+        note(*arguments)
+        group.abort()
+        failed.wait()
+
+    if group.rank() == 1:
+        core.note = noted
+    else:
+        await asyncio.to_thread(failed.wait)  # were it to call, the call of the other might end well
+    caught = await until_broken(lambda: rt.all_sum(x))
+    ctl.tell(caught[:2])
+    ctl.hear()
+
+
+@libraries
+def test_a_group_that_breaks_between_the_check_of_a_call_and_its_begin(library: str) -> None:
+    from mpi import MpiRanks
+
+    with MpiRanks(2, breaks_while_one_calls, library=library, front="asyncio") as ranks:
+        assert [ranks.hear(rank) for rank in range(2)] == [(GroupAbortedError.__name__, 1)] * 2
 
 
 async def closes(rt: Any, group: Any, ctl: Any) -> str:
