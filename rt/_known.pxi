@@ -280,6 +280,8 @@ cdef class LibraryCalls(Calls):
         thread = get_ident()
         self.blocked[thread] = work
         try:
+            if self.failure is not None:    # since it was found; from now on who breaks the group ends this process
+                raise self.failure(work, True)
             blocks(x if lie_apart(x, target) else in_place, target, operator)
         except Exception as error:
             self.fail(work, error)

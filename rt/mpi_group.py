@@ -256,6 +256,8 @@ class MpiGroup(CoreGroup):
         thread = threading.get_ident()
         self.blocked[thread] = work
         try:
+            if self.failure is not None:  # since the group was looked at; from now on who breaks it ends this process
+                raise self.failure(work, True)
             call()
         finally:
             del self.blocked[thread]
@@ -266,8 +268,9 @@ class MpiGroup(CoreGroup):
             work.finish(work.result)
 
     def _mpi_failed(self, work: Work, error: Exception) -> None:
-        """MPI raised: every rank is told."""
-        self.world.mpi_failed(self, work, error)
+        """MPI raised: every rank is told, unless the group is broken already."""
+        if self.failure is None:
+            self.world.mpi_failed(self, work, error)
 
     # -- waiting
 

@@ -161,28 +161,35 @@ async def breaks_while_one_calls(rt: Any, group: Any, ctl: Any) -> Any:
     for _ in range(3):  # the first is checked, the others are found
         await rt.all_sum(x)
     core, failed = group._core, threading.Event()
-    note, fail = core.note, core.fail
+    fail = core.fail
     core.fail = lambda failure: (fail(failure), failed.set())
 
-    def noted(*arguments: Any) -> None:
-        note(*arguments)
-        group.abort()
-        failed.wait()
+    class Called(list[bytes]):
+        def append(self, signature: bytes) -> None:  # by the call, when it has seen that the group is whole
+            super().append(signature)
+            group.abort()
+            failed.wait()
 
+    ctl.tell("warm")
+    ctl.hear()
     if group.rank() == 1:
-        core.note = noted
+        core.called = Called(core.called)
     else:
-        await asyncio.to_thread(failed.wait)  # were it to call, the call of the other might end well
+        failed.wait()  # were it to call, the call of the other might end well
     caught = await until_broken(lambda: rt.all_sum(x))
     ctl.tell(caught[:2])
     ctl.hear()
 
 
 @libraries
-def test_a_group_that_breaks_between_the_check_of_a_call_and_its_begin(library: str) -> None:
+@fronts
+def test_a_group_that_breaks_between_the_check_of_a_call_and_its_begin(library: str, front: str) -> None:
     from mpi import MpiRanks
 
-    with MpiRanks(2, breaks_while_one_calls, library=library, front="asyncio") as ranks:
+    with MpiRanks(2, breaks_while_one_calls, library=library, front=front) as ranks:
+        assert [ranks.hear(rank) for rank in range(2)] == ["warm"] * 2
+        for rank in range(2):
+            ranks.tell(rank, "go on")
         assert [ranks.hear(rank) for rank in range(2)] == [(GroupAbortedError.__name__, 1)] * 2
 
 
