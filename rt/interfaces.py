@@ -145,6 +145,28 @@ def _with_prefix(address: str, netmask: str | None) -> str:
     return f"{ip}/{bits}"
 
 
+def reachable(found: Sequence[Interface]) -> list[str]:
+    """Return the addresses at which others may reach this host, with their networks: ``10.0.0.1/24``."""
+    usable = [each for each in found if each.up and not each.loopback]
+    return [address for each in usable for address in each.addresses if str(ipaddress.ip_interface(address).ip) in each.hosts]
+
+
+def between(mine: Sequence[str], others: Sequence[Sequence[str]]) -> str:
+    """Return an address of this host in a network that all other hosts are in, too; "" if there is none.
+
+    An address that another host has as well leads nowhere: the bridges for containers have the same one on every host.
+
+    Args:
+        mine: addresses with their networks.
+        others: likewise, of each other host.
+    """
+    for candidate in map(ipaddress.ip_interface, mine):
+        theirs = [[ipaddress.ip_interface(address).ip for address in host] for host in others]
+        if all(candidate.ip not in host and any(ip in candidate.network for ip in host) for host in theirs):
+            return str(candidate.ip)
+    return ""
+
+
 def choose(found: Sequence[Interface], choice: Choice, here: str) -> list[str]:
     """Return the addresses at which a rank of this host is to be reached.
 

@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None, *, grace: float = GRACE) -> int:
     """
     _open_standard_files()
     options = parse(sys.argv[1:] if argv is None else argv)
+    if options.sync_code is not None and not options.dry_run and not _synced(options.sync_code, options):
+        return 2
     if options.backend == "mpi":
         from rt import _launch_mpi
 
@@ -40,8 +42,6 @@ def main(argv: Sequence[str] | None = None, *, grace: float = GRACE) -> int:
     if options.dry_run:
         print(*dry_run(options, os.environ, _meeting_place(options)), sep="\n")
         return 0
-    if options.sync_code is not None and not _synced(options.sync_code, options):
-        return 2
     with Job(options, grace) as job:
         return job.run()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,7 +23,7 @@ import time
 import weakref
 from typing import Any, cast
 
-from rt import _fastpath, config, mpi_calls
+from rt import _fastpath, config, interfaces, mpi_calls
 from rt import world as worlds
 from rt.aio import Work
 from rt.blame import Report
@@ -77,6 +78,7 @@ class MpiWorld(worlds.World):
             self._identity = hash64("world", ring.job)
             self._meet(ring, future)
         except BaseException as error:
+            self.whole = False
             if not future.cancelled():
                 future.set_exception(error)
 
@@ -90,13 +92,20 @@ class MpiWorld(worlds.World):
             )
         large = small.Dup()
         self._comms = small, large
-        mine = HostInfo.mine()
-        hosts = small.allgather((mine.hostname, mine.boot_id))
-        listener, place = None, None
+        hosts = small.allgather(HostInfo.mine().network)
+        addresses = small.allgather(interfaces.reachable(interfaces.listing())) if len(set(hosts)) > 1 else []
+        listener: socket.socket | None = None
+        place: tuple[Any, ...] | str | None = None
         if self.rank == 0:
-            listener = socket.create_server((_address_for(hosts), 0), backlog=self.size)
-            place = (*listener.getsockname()[:2], self._ring.secret.key, secrets.token_hex(16))
-        host, port, key, job = small.bcast(place)
+            try:
+                listener = _listener(hosts, addresses, self.size)
+                place = (*listener.getsockname()[:2], self._ring.secret.key, secrets.token_hex(16))
+            except OSError as error:  # the others wait for this very message
+                place = f"rank 0/{self.size}: no address at which the other hosts could reach this one: {error}"
+        place = small.bcast(place)
+        if isinstance(place, str):
+            raise RendezvousError(place)
+        host, port, key, job = place
         fd = listener.detach() if listener is not None else None
         return dataclasses.replace(self._ring, coordinator=(host, port), coordinator_fd=fd, secret=Secret(key, "MPI"), job=job)
 
@@ -264,17 +273,24 @@ def _settled(loaded: mpi.Words, keywords: dict[str, Any], carries: bool) -> MpiW
     return MpiWorld(config.resolve_numbered(comm.Get_rank(), comm.Get_size(), source, secret, **keywords), loaded, carries)
 
 
-def _address_for(hosts: list[tuple[str, str]]) -> str:
-    """Return an address of this host by which the others can reach it."""
-    other = next((name for name, boot in hosts if (name, boot) != hosts[0]), None)
-    if other is None:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((other, 9))  # sends nothing
+def _listener(hosts: list[tuple[Any, ...]], addresses: list[list[str]], backlog: int) -> socket.socket:
+    """On rank 0: listen where all others can come; ``hosts`` and ``addresses`` are theirs, by rank, the latter empty on one host."""
+    others = {host: theirs for host, theirs in zip(hosts[1:], addresses[1:], strict=True) if host != hosts[0]} if addresses else {}
+    address = interfaces.between(addresses[0], list(others.values())) if others else "127.0.0.1"
+    if not address:  # networks with routers between
+        address = next((found for name, *_ in others if (found := _towards(name))), "") or socket.gethostname()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, 0), family=family, backlog=backlog)
+
+
+def _towards(name: str) -> str:
+    """Return the address from which this host reaches another, "" if it does not; nothing is sent."""
+    with contextlib.suppress(OSError):
+        family, kind, _, _, place = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)
             return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()
+    return ""
 
 
 def _finish() -> None:

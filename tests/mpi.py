@@ -50,7 +50,8 @@ LIBRARIES = {
 }  # fmt: skip
 
 
-def _missing(name: str) -> str:
+def missing(name: str) -> str:
+    """Say why a library cannot be used here, "" if it can."""
     if importlib.util.find_spec("mpi4py") is None:
         return "no mpi4py here: pip install -e '.[dev]'"
     if not (PREFIX / "bin" / LIBRARIES[name].launcher).exists():
@@ -59,7 +60,7 @@ def _missing(name: str) -> str:
 
 
 libraries = pytest.mark.parametrize(
-    "library", [pytest.param(name, marks=pytest.mark.skipif(bool(_missing(name)), reason=_missing(name) or "-")) for name in LIBRARIES]
+    "library", [pytest.param(name, marks=pytest.mark.skipif(bool(missing(name)), reason=missing(name) or "-")) for name in LIBRARIES]
 )
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rt import config
 from rt.errors import ConfigError
-from rt.interfaces import VARIABLE, Interface, asked, choose, listing, parse
+from rt.interfaces import VARIABLE, Interface, asked, between, choose, listing, parse, reachable
 
 LO = Interface("lo", ("127.0.0.1/8", "::1/128"), 65536, loopback=True)
 ETH0 = Interface("eth0", ("10.0.0.1/24", "fe80::1/64", "fd00::1/64"), 1500)
@@ -154,3 +154,21 @@ def test_a_command_line_wins_over_the_variable_and_an_empty_variable_says_nothin
     for option, environ, named in (("", {}, "--iface"), (None, {VARIABLE: "a,,b"}, VARIABLE)):
         with pytest.raises(ConfigError, match=f"^{named}: found an empty entry"):
             asked(option, environ)
+
+
+def test_an_address_in_a_network_of_all_other_hosts() -> None:
+    mine = ["172.17.0.1/16", "10.0.0.1/24", "192.168.0.1/24", "fd00::1/64"]
+    bridge = "172.17.0.1/16"  # for containers, with one address on every host
+    assert between(mine, [["10.0.0.2/24"], [bridge, "10.0.0.3/24", "192.168.0.3/24"]]) == "10.0.0.1"
+    assert between(mine, [[bridge, "192.168.0.2/24"], ["10.0.0.3/24", "192.168.0.3/24"]]) == "192.168.0.1"
+    assert between(mine, [["10.9.0.2/24", "fd00::2/64"]]) == "fd00::1"
+    assert between(mine, [[bridge, "10.9.0.2/24"]]) == ""
+
+
+def test_addresses_that_others_may_reach() -> None:
+    found = [
+        Interface("lo", ("127.0.0.1/8",), loopback=True),
+        Interface("eth0", ("10.0.0.1/24", "fe80::1/64", "fd00::1/64")),
+        Interface("eth1", ("10.0.1.1/24",), up=False),
+    ]
+    assert reachable(found) == ["10.0.0.1/24", "fd00::1/64"]

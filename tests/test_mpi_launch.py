@@ -101,6 +101,18 @@ def test_no_launcher(tmp_path: Path) -> None:
     assert "rt.launch: --backend mpi: found no mpirun beside" in done.stderr and "`pip install mpich`" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("hosts", "said"),
+    [
+        ("node1,me@node2", "found the user in 'me@node2', expected a name alone, since mpirun takes no other: put `Host node2`"),
+        ("fd00::1,node2", "found the address 'fd00::1', expected a name or an IPv4 address, since mpirun takes no colon"),
+    ],
+)
+def test_hosts_that_mpirun_cannot_be_told(hosts: str, said: str) -> None:
+    done = launched([LAUNCH, "--backend", "mpi", "--hosts", hosts, "true"])
+    assert (done.returncode, done.stdout) == (2, "") and f"rt.launch: --backend mpi: {said}" in done.stderr, done.stderr
+
+
 @libraries
 def test_a_library_that_does_not_fit_the_launcher(library: str) -> None:
     other = {"mpich": "libmpi.so.40", "openmpi": "libmpi.so.12"}[library]

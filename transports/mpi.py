@@ -14,7 +14,7 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,16 +65,20 @@ def _loads(name: str) -> bool:
 
 def _libraries(environ: os._Environ[str] | dict[str, str]) -> list[str]:
     """Return the files that may be the library, the one to take first."""
+    prefixes = dict.fromkeys((sys.exec_prefix, sys.base_exec_prefix))
     given = next((environ[name] for name in (*LIBRARY_VARIABLES, _FOR_MPI4PY) if environ.get(name)), None)
     if given is not None:
-        return [given]
+        return [*_in_wheels([given], prefixes), given]
     # Whoever started this process is of one library; where both are installed, the other one would find it alone.
     order = ["openmpi", "mpich"] if "OMPI_COMM_WORLD_RANK" in environ else ["mpich", "openmpi"]
     suffix = ".{}.dylib" if sys.platform == "darwin" else ".so.{}"
     files = ["libmpi" + suffix.format(_NUMBERS[name]) for name in order]
-    prefixes = dict.fromkeys((sys.exec_prefix, sys.base_exec_prefix))
-    here = [str(path) for file in files for prefix in prefixes if (path := Path(prefix, "lib", file)).exists()]
-    return [*here, *files]
+    return [*_in_wheels(files, prefixes), *files]
+
+
+def _in_wheels(files: Iterable[str], prefixes: Iterable[str]) -> list[str]:
+    """Return those of the names without a folder that lie where wheels put them, which the system's loader does not know."""
+    return [str(path) for file in files if os.sep not in file for prefix in prefixes if (path := Path(prefix, "lib", file)).exists()]
 
 
 def load() -> Any:
