@@ -40,6 +40,7 @@ _LEAVE_SECONDS = 5.0
 _COMPARE_SECONDS = 0.05  # between a call and its comparison: one message then tells of all calls meanwhile
 _GIVEN_SECRETS = ("RT_SECRET_FD", "RT_SECRET_FILE", "RT_SECRET")
 _ALONE = "[mpi] The world has a single process. Launch with mpirun to initialize the mpi backend."
+_SRUN_SIZE = "SLURM_STEP_NUM_TASKS"
 _LATE = b"late "
 _words: mpi.Words | None = None
 _meeting = threading.Lock()  # ranks meet in the order in which they call init, one world after the other
@@ -235,18 +236,32 @@ def make(strict: bool, keywords: dict[str, Any]) -> MpiWorld | None:
     """
     loaded = load()
     size = loaded.mpi.COMM_WORLD.Get_size()
-    launched = next((int(os.environ[name]) for _, name in config.RANK_AND_SIZE[:2] if os.environ.get(name, "").isdigit()), 1)
-    if size == 1 and launched > 1:
-        raise ConfigError(
-            f"backend 'mpi': a launcher started {launched} processes, but {mpi.name_of(loaded.mpi)} "
-            f"({os.environ.get('MPI4PY_LIBMPI')}) found this one alone: launcher and library are of different MPIs; set RT_MPI_LIBNAME to "
-            "the libmpi of that launcher, or start with the mpirun of that library"
-        )
     if size == 1:
+        _check_alone(loaded)
         if strict:
             raise ConfigError(_ALONE)
         return None
     return _settled(loaded, keywords, True)
+
+
+def _check_alone(loaded: mpi.Words) -> None:
+    """See that no launcher has started others, which MPI did not find: each would be alone, and say nothing."""
+    sizes = [*(size for _, size in config.RANK_AND_SIZE[:2]), _SRUN_SIZE]  # what Slurm says of an allocation is no word on processes
+    name = next((name for name in sizes if os.environ.get(name, "").isdigit()), None)
+    if name is None or int(os.environ[name]) == 1:
+        return
+    found = f"found this one alone; {name}={os.environ[name]}, library {os.environ.get('MPI4PY_LIBMPI')}"
+    if _SRUN_SIZE in os.environ:
+        why = (
+            "srun has to offer what the library asks for: MPICH asks for `srun --mpi=pmi2`, Open MPI 5 for `srun --mpi=pmix`, which "
+            "`srun --mpi=list` must know; or let the library's own mpirun start the ranks within the allocation"
+        )
+    else:
+        why = (
+            "launcher and library are of different MPIs; set RT_MPI_LIBNAME to the libmpi of that launcher, or start with the mpirun of "
+            "that library"
+        )
+    raise ConfigError(f"backend 'mpi': a launcher started {os.environ[name]} processes, but {mpi.name_of(loaded.mpi)} {found}: {why}")
 
 
 def ring(keywords: dict[str, Any]) -> MpiWorld:
