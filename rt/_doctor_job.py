@@ -92,6 +92,7 @@ def _report(job: str, hosts: Sequence[dict[int, Facts]]) -> JobReport:
         ranks = [next(filter(None, seen), None) for seen in zip(*(each["ranks"] for each in formed), strict=True)]
         gone = {int(rank): how for each in formed for rank, how in each["gone"].items()}
         silent = [rank for rank, facts in enumerate(ranks) if facts is None and rank not in gone]
+        _ask_the_others(ranks)
         report = JobReport(job, formed[0]["size"], ranks, gone, {}, silent)
         return replace(report, verdict=verdict(report))
     alone = {rank: answer for rank, answer in answers.items() if answer}
@@ -100,6 +101,35 @@ def _report(job: str, hosts: Sequence[dict[int, Facts]]) -> JobReport:
     missing = {rank: each["missing"] for rank, each in alone.items()}
     report = JobReport(job, size, [alone.get(rank) for rank in range(size)], {}, missing, silent)
     return replace(report, verdict=_forming(report))
+
+
+def _ask_the_others(ranks: Sequence[Facts | None]) -> None:
+    """Say whom the calls that a library carries wait for: the library tells nobody, but each rank knows how often it has called."""
+    made = [facts for facts in ranks if facts is not None]
+    counts: dict[str, dict[int, int]] = {}
+    for facts in made:
+        for group, found in facts.get("libraries", {}).items():
+            counts.setdefault(group, {}).update({rank: count for rank, count in zip(found["ranks"], found["heard"], strict=False)})
+    for facts in made:  # what a rank says of itself is newer
+        for group, found in facts.get("libraries", {}).items():
+            counts[group][facts["rank"]] = found["called"]
+    for facts in made:
+        for call in facts["calls"]:
+            if not call.get("library"):
+                continue
+            if call["peer"] is not None:
+                call["absent"] = [] if _meets(call, facts["rank"], ranks[call["peer"]]) else [call["peer"]]
+                continue
+            known = counts[call["group"]]
+            members = facts["libraries"][call["group"]]["ranks"]
+            call["absent"] = [rank for rank in members if known.get(rank, call["sequence"]) <= call["sequence"]]
+
+
+def _meets(call: Facts, rank: int, peer: Facts | None) -> bool:
+    """Whether the other side of a message is in flight, too."""
+    verb = call["what"].split()[0]
+    calls = [] if peer is None else peer["calls"]
+    return any(each.get("peer") == rank and (verb == "sendrecv" or each["what"].split()[0] != verb) for each in calls)
 
 
 # --- the verdict -----------------------------------------------------------------------------------------------------------------------

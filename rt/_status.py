@@ -91,12 +91,19 @@ def place() -> str:
 def describe(world: World) -> Facts:
     """What a rank of a formed world is doing: the calls in flight and for whom each waits; ranks are those of the world."""
     works = _fastpath.works_of(world.engine)
+    libraries = {f"{group.identity:x}": (group, found) for group in world.groups.values() if (found := group.in_library()) is not None}
+    calls = [_call(world, work) for work in works[:_CALLS_MOST]]
+    calls += [_call_of_library(*call) for _, found in libraries.values() for call in found.works[:_CALLS_MOST]]
     broken = [str(group.failure(Work(group))) for group in world.groups.values() if group.failure is not None]
     return {
         **process(),
         "rank": world.rank,
-        "calls": [_call(world, work) for work in works[:_CALLS_MOST]],
+        "calls": calls,
         "calls_more": max(0, len(works) - _CALLS_MOST),
+        "libraries": {
+            identity: {"ranks": list(group.ranks), "called": found.called, "heard": found.heard}
+            for identity, (group, found) in libraries.items()
+        },
         "last": {f"{group.identity:x}": group.latest() for group in world.groups.values() if group.latest()},
         "broken": broken[:1],
         "timeout": world.timeout,
@@ -114,4 +121,19 @@ def _call(world: World, work: Any) -> Facts:
         "seconds": time.monotonic() - work.since if work.since else None,
         "absent": absent,
         "late": late,
+    }
+
+
+def _call_of_library(work: Work, since: float | None) -> Facts:
+    """Whom it waits for only all ranks together know (``_doctor_job``)."""
+    return {
+        "what": work.describe(),
+        "group": f"{work.group.identity:x}",
+        "name": work.group.name,
+        "seconds": time.monotonic() - since if since is not None else None,
+        "absent": [],
+        "late": [],
+        "library": True,
+        "sequence": work.sequence,
+        "peer": None if work.peer is None else work.group.ranks[work.peer],
     }

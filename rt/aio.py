@@ -99,6 +99,7 @@ class Work(_fastpath.Work):
 
     group: CoreGroup
     lent = False  # a library has the memory, and gives it back only at the end
+    peer: int | None = None  # in the group, of a message that a library carries
     _limit: tuple[float, float] | None = None  # seconds, and when they end, until some loop watches it
 
     def __init__(self, group: CoreGroup) -> None:

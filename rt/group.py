@@ -93,6 +93,20 @@ def hash64(*parts: object) -> int:
     return int.from_bytes(digest, "little") | 1
 
 
+class InLibrary(NamedTuple):
+    """What a library that tells nothing carries of a group.
+
+    Attributes:
+        works: in flight, and since when somebody has waited for each, None where nobody has.
+        called: how many collectives this rank has called.
+        heard: likewise of each rank of the group, as far as this one was told; may be empty.
+    """
+
+    works: list[tuple[Work, float | None]]
+    called: int
+    heard: list[int]
+
+
 class CoreGroup:
     """Some ranks of the world, in an order.
 
@@ -172,6 +186,10 @@ class CoreGroup:
         """Return in words the collective that this rank called last, "" if it has called none."""
         sequence, signature = max(self._recent)
         return explain_signature(self.recent(sequence) or signature) if signature else ""
+
+    def in_library(self) -> InLibrary | None:
+        """Return what a library carries of this group, for ``rt.doctor``; None where the engine carries all."""
+        return None
 
     def algorithm(self, kind: str, dtype: str, items: int) -> str | None:
         """Return the name of the schedule made last for such a call (its kind, dtype and items), None if none was; for measurements."""

@@ -73,6 +73,11 @@ class Comparison:
         calls.trim()
         return None
 
+    def told(self, group: int) -> list[int]:
+        """Return how many calls each rank of a group has told of, [] where none has."""
+        calls = self._groups.get(group)
+        return [] if calls is None else list(calls.told)
+
     def behind(self, group: int, sequence: int) -> list[int]:
         """Return the ranks of a group that have told of no call of that number."""
         calls = self._groups.get(group)
@@ -100,9 +105,14 @@ class _Calls:
             self._first += done
 
 
+def explain(number: int, signature: bytes) -> str:
+    """Return a call in words; signatures here have no number of their own."""
+    return explain_signature(number.to_bytes(4, sys.byteorder) + signature[4:])
+
+
 def _text(number: int, *sides: tuple[int, bytes]) -> str:
     """Describe both sides, the lower rank first, as the ring does."""
-    numbered = [(rank, explain_signature(number.to_bytes(4, sys.byteorder) + signature[4:])) for rank, signature in sorted(sides)]
+    numbered = [(rank, explain(number, signature)) for rank, signature in sorted(sides)]
     text = "ranks disagree: " + ", but ".join(f"rank {rank} called {said}" for rank, said in numbered)
     if numbered[0][1] == numbered[1][1]:
         text += "; one awaits it and the other blocks in it (rt.sync), which MPI does not match"

@@ -16,6 +16,7 @@ import concurrent.futures
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -25,7 +26,7 @@ from rt import _fastpath, mpi_calls
 from rt.aio import BUDGET_BYTES, LoopDriver, Work
 from rt.dtypes import HALF, ITEMSIZE, Op
 from rt.errors import GroupBrokenError, PeerLostError, RTError
-from rt.group import KNOWN_OPS, Call, CoreGroup, Ready
+from rt.group import KNOWN_OPS, Call, CoreGroup, InLibrary, Ready
 from rt.mpi_waiting import LOOP_BYTES, Driver, Request, Worker, patiently
 from rt.schedule import Collective
 from transports.mpi import ITEMS_MOST, Wording, message_pieces, travels
@@ -65,6 +66,7 @@ class MpiGroup(CoreGroup):
         self.count = 0  # of collectives
         self.called: list[bytes] = []  # signatures of those that were not told to rank 0 yet
         self._compared = 0  # of those that were
+        self._last, self._told_at = b"", 0.0  # the last of these, and when
         self.flying: set[Work] = set()  # by MPI
         self.blocked: dict[int, Work] = {}  # by thread, what it waits for inside MPI
         self.known = _fastpath.LibraryCalls(
@@ -86,6 +88,7 @@ class MpiGroup(CoreGroup):
         if call.kind in _P2P:
             channel = call.kind, call.root, call.tag
             work.sequence = self._messages[channel] = self._messages.get(channel, -1) + 1
+            work.peer = call.root
         else:
             self.note(work, signature)
         self._lend(work)
@@ -137,9 +140,22 @@ class MpiGroup(CoreGroup):
         """Return what was called since the last time."""
         count = len(self.called)  # another thread may add to them meanwhile
         told = mpi_calls.Told(self.identity, self.size, self.rank, self._compared, self.called[:count])
+        if count:
+            self._last, self._told_at = self.called[count - 1], time.monotonic()
         del self.called[:count]
         self._compared += count
         return told
+
+    def latest(self) -> str:
+        """Return in words the collective that this rank called last, "" if it has called none."""
+        return mpi_calls.explain(self.count - 1, self.called[-1] if self.called else self._last) if self.count else ""
+
+    def in_library(self) -> InLibrary:
+        """Return what MPI carries. When a thread began to block in it is known to 50 ms: its rank told of the call then."""
+        works: dict[Work, float | None] = {work: work.since or None for work in list(self.flying)}
+        works |= dict.fromkeys(list(self.blocked.values()), time.monotonic() if self.called else self._told_at)
+        flying = [(work, since) for work, since in works.items() if work.state == _fastpath.FLYING]
+        return InLibrary(flying, self.count, self.world.heard(self.identity))
 
     def described(self, call: Call, front: str) -> tuple[bytes, str]:
         """Return the signature of a call that is awaited or blocks, and it in words."""

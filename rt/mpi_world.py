@@ -170,6 +170,10 @@ class MpiWorld(worlds.World):
             culprit = known.ranks[found.ranks[1]] if known is not None else -1
             self._report(Report("mismatch", found.group, found.sequence, culprit, "", found.text))
 
+    def heard(self, group: int) -> list[int]:
+        """Return how many calls each rank of a group has told rank 0 of; [] on other ranks."""
+        return self._comparison.told(group)
+
     # -- failures
 
     def limit(self, work: Work, seconds: float) -> None:
