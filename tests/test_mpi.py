@@ -7,6 +7,7 @@ May live here: which bodies of other test modules run on MPI, and how large; wha
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -157,3 +158,63 @@ async def far_tags(rt: Any, group: Any, ctl: Any) -> None:
 @fronts
 def test_tags_of_64_bits(library: str, front: str) -> None:
     results(2, far_tags, library=library, front=front)
+
+
+async def in_pieces(rt: Any, group: Any, ctl: Any) -> None:
+    """Calls of more items than MPI counts, made to be of fewer."""
+    from rt import mpi_group
+    from transports import mpi
+
+    mpi.ITEMS_MOST = mpi_group.ITEMS_MOST = 2_000_000  # type: ignore[misc]
+    me, size, count = group.rank(), group.size(), 5_000_001
+    of_rank = [np.arange(count, dtype=np.float32) % 100 + rank for rank in range(size)]
+    total = np.sum(of_rank, axis=0)
+    x = of_rank[me]
+    for _ in range(2):
+        assert np.array_equal(await rt.all_sum(x), total)
+    assert np.array_equal(await rt.all_reduce(x.astype(np.uint8), "max"), of_rank[-1].astype(np.uint8)), "an operator of ours"
+    assert np.array_equal(await rt.all_sum(x.astype(np.float16)), total.astype(np.float16)), "widened"
+    reduced = await rt.reduce(x, root=1)
+    assert np.array_equal(reduced, total) if me == 1 else reduced is None
+    assert np.array_equal(await rt.broadcast(x, root=size - 1), of_rank[-1])
+    assert np.array_equal(await rt.scan(x), np.sum(of_rank[: me + 1], axis=0))
+    assert np.array_equal(await rt.exscan(x), np.sum([x * 0, *of_rank[:me]], axis=0))
+    if me == 0:
+        await rt.send(x, 1)
+    elif me == 1:
+        assert np.array_equal(await rt.recv(count, x.dtype, 0), of_rank[0])
+    out = x.copy()
+    assert await rt.all_sum(out, out=out) is out and np.array_equal(out, total)
+
+
+@libraries
+@fronts
+def test_calls_in_pieces(library: str, front: str) -> None:
+    results(3, in_pieces, library=library, front=front)
+
+
+async def beyond_two_gib(rt: Any, group: Any, ctl: Any, count: int) -> None:
+    """More items than a C int counts, and more bytes."""
+    x = np.full(count, group.rank() + 1, np.uint8)
+    x[-1] = 100
+    assert await rt.all_sum(x, out=x) is x
+    assert x[0] == x[count // 2] == x[-2] == 3 and x[-1] == 200
+    x[-1] = group.rank()
+    assert (await rt.broadcast(x, root=1, out=x))[-1] == 1
+    if group.rank() == 0:
+        await rt.send(x, 1)
+    else:
+        x[:] = 0
+        await rt.recv_like(x, 0, out=x)
+        assert x[0] == x[count // 2] == 3 and x[-1] == 1
+
+
+def _free_gib() -> float:
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) / 2**20
+
+
+@libraries
+@pytest.mark.skipif(sys.platform != "linux" or _free_gib() < 14, reason="takes 14 GiB of free memory")
+def test_more_than_two_gib(library: str) -> None:
+    results(2, beyond_two_gib, library=library, front="asyncio", args=(2**31 + 12345,), timeout=240)
