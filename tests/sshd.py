@@ -124,6 +124,14 @@ def site(
 
 
 @contextlib.contextmanager
+def site_for_mpi(folder: Path, count: int, prepare: Mapping[int, Sequence[str]] = {}) -> Iterator[Site]:
+    """Make hosts on which the daemons of MPI do not meet: they keep files under their process' number, which two hosts may share."""
+    own = {number: ["mkdir /run/tmp", *prepare.get(number, ())] for number in range(count)}
+    with site(folder, count, prepare=own, options={number: ["SetEnv TMPDIR=/run/tmp"] for number in own}) as made:
+        yield made
+
+
+@contextlib.contextmanager
 def _server(folder: Path, number: int, host: netns.Host, prepare: Sequence[str], options: Sequence[str]) -> Iterator[Server]:
     """Start a host's sshd and wait until it listens."""
     name, port, log = f"host{number}", _FIRST_PORT + number, folder / f"host{number}.log"

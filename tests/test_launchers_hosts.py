@@ -137,7 +137,7 @@ def assert_spread(made: Sequence[netns.Host], command: list[str], **env: str) ->
 )
 def test_mpirun(launcher: list[str], tmp_path: Path, program: str) -> None:
     place = {"RT_COORDINATOR": f"10.2.0.1:{PORT}", "OPAL_PREFIX": str(BIN.parent)}
-    with sshd.site(tmp_path, 2) as site:
+    with sshd.site_for_mpi(tmp_path, 2) as site:
         words = [str(BIN / launcher[0]), *launcher[1:], "-n", "4", sys.executable, program]
         assert_spread([server.host for server in site.servers], site.command(*words), **place, **secret(tmp_path))
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import far
@@ -37,14 +36,6 @@ sys.stdout.write(f"rank {group.rank()} of {group.size()} in {os.getcwd()}: {told
 """
 
 
-@contextmanager
-def site(folder: Path, count: int, prepare: Mapping[int, Sequence[str]] = {}) -> Iterator[sshd.Site]:
-    """Hosts whose folders for temporary files are their own: daemons of MPI on two hosts may have one number, and are named after it."""
-    own = {number: ["mkdir /run/tmp", *prepare.get(number, ())] for number in range(count)}
-    with sshd.site(folder, count, prepare=own, options={number: ["SetEnv TMPDIR=/run/tmp"] for number in own}) as made:
-        yield made
-
-
 def launch(made: sshd.Site, library: str, *words: str, hosts: Sequence[str] | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     return far.launch(made, "--backend", "mpi", "--env", f"RT_MPI_LIBNAME={SONAMES[library]}", *words, hosts=hosts, **env)
 
@@ -53,7 +44,7 @@ def launch(made: sshd.Site, library: str, *words: str, hosts: Sequence[str] | No
 def test_two_hosts(library: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    with site(tmp_path, 2) as made:
+    with sshd.site_for_mpi(tmp_path, 2) as made:
         before = [server.host.sent("cable") for server in made.servers]
         words = ["-n", "2", *OVER_CABLES[library], "--env", "OWN=1", "--cwd", str(tmp_path), "program.py"]
         done = launch(made, library, *words, RT_OF_THE_CALLER="2", OTHER="3")
@@ -83,7 +74,7 @@ def test_one_table_says_what_is_wrong_where(library: str, tmp_path: Path) -> Non
         2: [hidden(PREFIX / "lib" / SONAMES[library])],
         3: [f"mount -t tmpfs tmpfs {program.parent}"],
     }
-    with site(tmp_path, 5, prepare) as made:
+    with sshd.site_for_mpi(tmp_path, 5, prepare) as made:
         done = launch(made, library, "--json", str(program), hosts=[*made.names, "nowhere"])
         shown = launch(made, library, str(program), hosts=made.names[:2])
     assert done.returncode == 2
@@ -107,7 +98,7 @@ def test_one_table_says_what_is_wrong_where(library: str, tmp_path: Path) -> Non
 def test_a_host_with_another_rt(tmp_path: Path) -> None:
     init = Path(ROOT, "rt", "__init__.py").read_text()
     (tmp_path / "init.py").write_text(init.replace(f'"{rt.__version__}"', '"0.0.9"'))
-    with site(tmp_path, 1, {0: [f"mount --bind {tmp_path}/init.py {ROOT}/rt/__init__.py"]}) as made:
+    with sshd.site_for_mpi(tmp_path, 1, {0: [f"mount --bind {tmp_path}/init.py {ROOT}/rt/__init__.py"]}) as made:
         done = launch(made, "mpich", "true")
     assert done.returncode == 2 and f"host0  rt 0.0.9, here {rt.__version__}  `" in done.stderr, done.stderr
 
@@ -115,7 +106,7 @@ def test_a_host_with_another_rt(tmp_path: Path) -> None:
 @pytest.mark.skipif(bool(missing("openmpi")), reason=missing("openmpi") or "-")
 def test_nobody_but_the_launcher_needs_ssh(tmp_path: Path) -> None:
     """Where there are many hosts Open MPI would have them start the next ones; here two are many."""
-    with site(tmp_path, 3) as made:
+    with sshd.site_for_mpi(tmp_path, 3) as made:
         done = launch(made, "openmpi", "--mpi-arg", "--prtemca rml_base_radix 1", "hostname")
         callers = {line.split()[2] for server in made.servers for line in server.log.read_text().splitlines() if "Connection from" in line}
     assert (done.returncode, sorted(done.stdout.split())) == (0, made.names), done.stderr
