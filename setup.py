@@ -22,9 +22,10 @@ COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unused
 
 # The included files are named so that setuptools rebuilds when they change.
 PXI = (
-    "arrays", "lists", "pool", "program", "links", "shared", "receive", "send", "works", "deadlock", "submit", "engine", "work", "known",
+    "arrays", "lists", "pool", "program", "links", "rdma", "shared", "receive", "send", "works", "deadlock", "submit", "engine", "work",
+    "known",
 )  # fmt: skip
-PARTS = ["_kernels.h", "_place.h", "_poll.h", "_ring.h", *(f"_{part}.pxi" for part in PXI)]
+PARTS = ["_kernels.h", "_place.h", "_poll.h", "_rdma.h", "_ring.h", *(f"_{part}.pxi" for part in PXI)]
 
 extension = Extension(
     "rt._fastpath",

@@ -215,7 +215,7 @@ cdef class Engine:
 
         Both move what they can now and return how much, 0 for nothing; ``recv_into`` returns -1 at the end of the stream. If there is a
         ``sendmsg(list of memoryviews) -> int``, it is called in place of ``send``. A descriptor ``fd`` that becomes readable says that the
-        link can send or receive again, as ``ready`` does; it stays the owner's.
+        link can send or receive again, as ``ready`` does; it stays the owner's. An ``RdmaStream`` is not called, but used as it is.
         """
         cdef Link *link
         self.lock()
@@ -223,7 +223,12 @@ cdef class Engine:
             link = link_new(&self.core, peer)
             Py_INCREF(owner)
             link.owner = <PyObject *>owner
-            link.send, link.recv = (python_sendmsg if hasattr(owner, "sendmsg") else python_send), python_recv
+            if isinstance(owner, RdmaStream):
+                link.rdma, link.send, link.shared = (<RdmaStream>owner).rdma(), rdma_send, True
+                link.fd = fd = os.dup(fd)
+                self.core.shared_count += 1
+            else:
+                link.send, link.recv = (python_sendmsg if hasattr(owner, "sendmsg") else python_send), python_recv
             if fd >= 0 and rt_poll_add(self.core.poll_set, fd, <uintptr_t>(link.index + 1)) < 0:
                 raise OSError(errno, os.strerror(errno))
             self._links_to(peer).append(link.index)
@@ -249,7 +254,7 @@ cdef class Engine:
 
     @property
     def shares_memory(self):
-        """Whether some link goes through shared memory: then who submits must see to it that ``progress`` is called before he sleeps."""
+        """Whether some link goes through rings in memory: then who submits must see to it that ``progress`` is called before he sleeps."""
         return self.core.shared_count > 0
 
     def fileno(self):

@@ -2,6 +2,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, Self, final
 
 import numpy as np
+from typing_extensions import disjoint_base
 
 from rt.schedule import Schedule
 
@@ -26,6 +27,37 @@ class _MessageLink(Protocol):
 
 class _Socket(Protocol):
     def detach(self) -> int: ...
+
+@disjoint_base
+class RdmaStream:
+    def __new__(
+        cls,
+        *,
+        qp: int,
+        cq: int,
+        channel: int,
+        get_event: int,
+        ack_events: int,
+        outgoing: int,
+        incoming: int,
+        capacity: int,
+        outgoing_key: int,
+        inline_bytes: int,
+        peer_address: int,
+        peer_key: int,
+        messages: int,
+        credits: int,
+    ) -> Self: ...
+    @property
+    def bytes_sent(self) -> int: ...
+    @property
+    def fault(self) -> tuple[int, int, int, int, bool]: ...
+    def send(self, data: bytes | memoryview) -> int: ...
+    def recv_into(self, buffer: bytearray | memoryview) -> int: ...
+    def ending(self) -> None: ...
+    def say_goodbye(self) -> None: ...
+    def unfinished(self) -> bool: ...
+    def shut(self) -> None: ...
 
 class Program:
     name: str

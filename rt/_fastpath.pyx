@@ -97,6 +97,10 @@ cdef extern from "_ring.h" nogil:
     int rt_ring_writer_may_sleep(rt_ring *ring)
     void rt_ring_reader_awake(rt_ring *ring)
 
+cdef extern from "_rdma.h" nogil:
+    ctypedef struct rt_rdma:                # the rest: _rdma.pxi
+        pass
+
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
     int munmap(void *address, size_t length)
@@ -371,6 +375,7 @@ cdef struct Link:
     rt_ring rx
     void *memory
     size_t memory_bytes
+    rt_rdma *rdma            # not NULL: the rings are written over RDMA; of `owner`
     bint readable
     bint writable
     bint hangup
@@ -481,6 +486,7 @@ include "_lists.pxi"
 include "_pool.pxi"
 include "_program.pxi"
 include "_links.pxi"
+include "_rdma.pxi"
 include "_shared.pxi"
 include "_receive.pxi"
 include "_send.pxi"

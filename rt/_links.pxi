@@ -156,7 +156,7 @@ cdef void link_close(Core *core, Link *link):
         rt_poll_remove(core.poll_set, link.fd)
         close(link.fd)
         link.fd = -1
-    if link.owner != NULL:
+    if link.owner != NULL and link.rdma == NULL:    # that one goes with its rings (ring_unmap)
         Py_DECREF(<object>link.owner)
         link.owner = NULL
     link.rx_dead = link.tx_dead = True

@@ -255,6 +255,8 @@ cdef bint set_aside(Core *core, Link *link) noexcept nogil:
 
 
 cdef inline bint more_behind(Link *link) noexcept nogil:
+    if link.rdma != NULL:
+        return rt_rdma_held(link.rdma) > 0
     if link.shared:
         return rt_ring_held(&link.rx) > 0
     return link.readable or link.stage_pos < link.stage_len

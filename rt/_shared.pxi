@@ -3,6 +3,8 @@
 # May live here: how bytes go into and out of the rings of a link, and who wakes whom. May not: the ring itself (_ring.h), frames
 # (_receive.pxi, _send.pxi), how two processes come to share memory (transports/shm.py).
 #
+# Rings that a peer writes over RDMA (_rdma.pxi) are received from, polled and slept on in the same way.
+#
 # Readiness is in the memory, not in a descriptor: such a link is always asked. The socket is read for two things only. A byte on it means
 # "look again"; it is sent to a side that said it would sleep, for data as for room. Its end means that the peer is gone: what the peer
 # wrote before is still in the ring, and is taken first.
@@ -84,7 +86,11 @@ cdef bint ring_receive(Core *core, Link *link) noexcept nogil:
             return moved
     while most > 0 and not link.rx_dead:
         ended = link.hangup                     # asked first: what was written before the end must be found after it
-        have = rt_ring_peek(&link.rx, &data)
+        if link.rdma != NULL:
+            have = rt_rdma_peek(link.rdma, &data)
+            ended = have == 0 and rt_rdma_over(link.rdma)
+        else:
+            have = rt_ring_peek(&link.rx, &data)
         if have == 0 and not ended:
             break
         if have <= 0:
@@ -101,13 +107,21 @@ cdef bint ring_receive(Core *core, Link *link) noexcept nogil:
             most -= used
             core.budget -= used
             link.bytes_in += used
-            rt_ring_consume(&link.rx, used)
-            link.owed += used
-            if 4 * <uint64_t>link.owed >= link.rx.capacity:
-                ring_settle(link)
+            if link.rdma != NULL:
+                rt_rdma_consume(link.rdma, used)
+            else:
+                rt_ring_consume(&link.rx, used)
+                link.owed += used
+                if 4 * <uint64_t>link.owed >= link.rx.capacity:
+                    ring_settle(link)
         if not unhindered:
             break
     return moved
+
+
+cdef inline bint held_up(Link *link) noexcept nogil:
+    """Say whether the last frame of a link waits for other links: then it is not read on, whatever comes."""
+    return link.in_frame and link.left == 0
 
 
 cdef void ring_settle(Link *link) noexcept nogil:
@@ -128,8 +142,11 @@ cdef bint core_rest(Core *core) noexcept nogil:
         link = core.links[i]
         if not link.shared or link.rx_dead:
             continue
-        # A link whose last frame waits for other links is not read on, whatever comes.
-        if not (link.in_frame and link.left == 0):
+        if link.rdma != NULL:
+            if not rt_rdma_may_sleep(link.rdma, not held_up(link), link.frame_count and not link.tx_dead):
+                return True
+            continue
+        if not held_up(link):
             link.asked = True
             if not rt_ring_reader_may_sleep(&link.rx):
                 return True
@@ -180,8 +197,11 @@ cdef int core_watch(Core *core, double until) noexcept nogil:
         for round in range(64):
             for i in range(core.link_count):
                 link = core.links[i]
-                if link.shared and not link.rx_dead and link.memory != NULL:
-                    if rt_ring_has_news(&link.rx) and not (link.in_frame and link.left == 0):
+                if link.rdma != NULL and not link.rx_dead:
+                    if rt_rdma_has_news(link.rdma, not held_up(link), link.frame_count and not link.tx_dead):
+                        return NEWS_IN_MEMORY
+                elif link.shared and not link.rx_dead and link.memory != NULL:
+                    if rt_ring_has_news(&link.rx) and not held_up(link):
                         return NEWS_IN_MEMORY
                     if link.frame_count and rt_ring_has_room(&link.tx):
                         return NEWS_IN_MEMORY
@@ -220,6 +240,11 @@ cdef int ring_map(Core *core, Link *link, int fd, Py_ssize_t offset, Py_ssize_t 
 
 
 cdef void ring_unmap(Link *link) noexcept:
+    """Let go of the rings, for who knows that nobody looks at them."""
     if link.memory != NULL:
         munmap(link.memory, link.memory_bytes)
         link.memory = NULL
+    if link.rdma != NULL:
+        link.rdma = NULL
+        Py_DECREF(<object>link.owner)
+        link.owner = NULL

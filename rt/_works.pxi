@@ -340,6 +340,9 @@ cdef void take_events(Core *core) noexcept nogil:
                 rt_wake_drain(core.wake_read)
                 continue
             link = core.links[ready[i].token - 1]
+            if link.rdma != NULL:
+                rt_rdma_answer(link.rdma)
+                continue
             if link.shared:
                 ring_answer(link)
                 if ready[i].flags & RT_POLL_HUP:        # it may lie behind a byte that wakes, and no other edge will tell

@@ -6,7 +6,6 @@ May live here: opening devices once per process, making a queue pair per peer an
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import socket
@@ -92,7 +91,7 @@ class QueuePairs:
         for sock in socks:
             sock.close()
         for link in self.links.get(peer, ()):
-            link.wake = functools.partial(engine.ready, engine.add_link(peer, link, link.fd))
+            engine.add_link(peer, link, link.fd)
 
     def failure(self, peer: int) -> str:
         """Return how a link to ``peer`` failed, in words, or "" if none did."""

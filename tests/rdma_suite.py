@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -321,14 +322,15 @@ def test_a_wrong_key_ends_the_link_and_says_so() -> None:
     ends = [pair.end() for pair in pairs]
     pairs[1].connect(ends[0])
     pairs[0].connect(type(ends[1])(**{**ends[1].__dict__, "rkey": ends[1].rkey ^ 0x5500}))
-    link = RdmaLink(pairs[0], 1)
-    link.ending()  # so that the write completes
-    assert link.sendmsg([memoryview(b"hello")]) == 5
-    with pytest.raises(OSError, match=r"rxe0 port 1: writing to rank 1: the peer's memory refused the access .*status 10"):
-        while link.recv_into(memoryview(bytearray(9))) == 0:
+    links = [RdmaLink(pair, 1 - rank) for rank, pair in enumerate(pairs)]
+    links[0].ending()  # so that the write completes
+    assert links[0].send(b"hello") == 5
+    with pytest.raises(OSError, match="Input/output error"):
+        while links[0].recv_into(bytearray(9)) == 0:
             pass
-    link.close()
-    pairs[1].close()
+    assert re.match(r"rxe0 port 1: writing to rank 1: the peer's memory refused the access .*status 10", links[0].failure)
+    for link in links:
+        link.close()
     device.close()
 
 
@@ -375,6 +377,20 @@ def test_the_doctor_lists_devices(other_device: str) -> None:
     first, second = json.loads(done.stdout)["ports"]
     assert (first["device"], first["usable"], first["gid"], first["mtu_bytes"]) == ("rxe0", True, "::ffff:7f00:1", 4096)
     assert (second["device"], second["usable"]) == ("rxe9", False) and "has no IPv4 GID" in second["why"]
+
+
+def test_the_bench_stands_beside_perftest(tmp_path: Path) -> None:
+    words = ["all_reduce", "--backend", "jaccl", "-b", "64", "-e", "64K", "-f", "1024", "--iters", "3", "--json", str(tmp_path / "found")]
+    done = subprocess.run([sys.executable, "-m", "bench", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "found").read_text())["perftest"]
+    assert [(row["system"], row["bytes"], row["program"]) for row in rows] == [
+        ("rt sync jaccl", 64, "ib_write_lat"), ("rt async jaccl", 64, "ib_send_lat"),
+        ("rt sync jaccl", 65536, "ib_write_bw"), ("rt async jaccl", 65536, "ib_write_bw"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"]) and row["theirs"] > 0
+        assert f"{row['program']:<12}" in done.stdout and f"{row['ratio']:.2f}" in done.stdout
 
 
 PROGRAM = """

@@ -64,7 +64,7 @@ class RawMemory:
 
     def recv(self) -> bytes:
         buffer = bytearray(1 << 16)
-        return bytes(buffer[: max(self.link.recv_into(memoryview(buffer)), 0)])
+        return bytes(buffer[: max(self.link.recv_into(buffer), 0)])
 
     def end(self) -> None:
         self.link.outgoing.closed = self.link.incoming.closed = True
@@ -134,11 +134,11 @@ class RawRdma:
         self.link = link
 
     def send(self, data: bytes) -> None:
-        assert self.link.sendmsg([memoryview(data)]) == len(data)
+        assert self.link.send(data) == len(data)
 
     def recv(self) -> bytes:
         buffer = bytearray(1 << 16)
-        return bytes(buffer[: max(self.link.recv_into(memoryview(buffer)), 0)])
+        return bytes(buffer[: max(self.link.recv_into(buffer), 0)])
 
     def end(self) -> None:
         self.link.close(PATIENCE_MS / 1e3)
@@ -175,8 +175,7 @@ class Pair:
             index = engine.add_link(1 - rank, end)
             self.ends[1 - rank].wake_peer = lambda: engine.ready(index)
         elif self.kind == "rdma":
-            index = engine.add_link(1 - rank, end, end.fd)
-            end.wake = lambda: engine.ready(index)
+            engine.add_link(1 - rank, end, end.fd)
         elif self.kind == "shm":
             engine.add_shared(1 - rank, end, self.fd, 0, self.capacity, rank == 0)
         else:

@@ -3,14 +3,14 @@
 May live here: what pyverbs is asked for, the differences between its versions, errors in words that help. May not: the stream that is
 made of it (``transports.rdma``), which rank connects to which (``rt.queue_pairs``), configuration.
 
-pyverbs 44 (Debian 12) and 59 (PyPI) are both in use: the module of constants has another name, and only 59 shows the descriptor of a
-completion channel.
+pyverbs 44 (Debian 12) and 59 (PyPI) are both in use: the module of constants has another name.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import ipaddress
 import logging
 import mmap
@@ -21,7 +21,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-RECEIVE, SEND = 1, 2  # work request ids
 MESSAGES = 64  # data writes of one direction that the peer has not consumed, at most
 CREDITS = 8  # messages that only say what was consumed: one per quarter of the ring, or of MESSAGES, so never more than these
 _INLINE_BYTES = 220  # asked for; what the device grants counts
@@ -32,6 +31,7 @@ _RETRY_FOR_EVER = 7  # where the peer has no receive posted: a stopped process i
 _RNR_TIMER = 12  # 0.64 ms
 _HOPS = 64
 _MOST_GIDS = 2000  # to ask for at once: the kernel takes a buffer below 64 KiB, 32 B each
+_PAIR_QUEUE, _PAIR_NUMBER, _QUEUE_CHANNEL, _CHANNEL_FD = 24, 52, 8, 8  # offsets of send_cq, qp_num, channel and fd: part of the ABI
 _ETHERNET = 2  # IBV_LINK_LAYER_ETHERNET
 _ACTIVE = 4  # IBV_PORT_ACTIVE
 _PORT_STATES = {0: "has no state", 1: "is down", 2: "is initialising", 3: "is armed, not active", 4: "is active", 5: "is deferred"}
@@ -252,10 +252,8 @@ class QueuePair:
         ring_bytes: capacity of either ring.
 
     Attributes:
-        incoming: what the peer writes; a flat view.
-        outgoing: where what is sent must lie; a flat view.
         messages: how many data messages may be under way to the peer, once connected.
-        fd: becomes readable with a completion after ``arm``.
+        fd: of the completion channel.
     """
 
     def __init__(self, device: Device, ring_bytes: int) -> None:
@@ -263,7 +261,6 @@ class QueuePair:
         from pyverbs.cq import CQ, CompChannel
         from pyverbs.mr import MR
         from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
-        from pyverbs.wr import SGE, RecvWR, SendWR
 
         self._enums, self._device, self.where = enums, device, device.where
         self._psn = secrets.randbits(24)
@@ -273,14 +270,12 @@ class QueuePair:
             raise VerbsError(errno.ENOSPC, f"{self.where}: its queues hold {depth} work requests, expected at least {_LEAST_DEPTH}")
         self.depth, self.messages = depth, depth - CREDITS
         self._memory = [mmap.mmap(-1, ring_bytes) for _ in range(2)]
-        self.incoming, self.outgoing = (memoryview(memory) for memory in self._memory)
         addresses = [_address_of(memory) for memory in self._memory]
         self._open: list[Any] = []
         try:
             with _saying(self.where, "ibv_create_comp_channel"):
-                before = _channels()
                 self._channel = self._keep(CompChannel(device.context))
-            self.fd = self._channel.fd if hasattr(self._channel, "fd") else (_channels() - before).pop()
+            self.fd = ctypes.c_int.from_address(_pointer(self._channel) + _CHANNEL_FD).value
             os.set_blocking(self.fd, False)
             with _saying(self.where, "ibv_create_cq"):
                 self._completions = self._keep(CQ(device.context, 2 * depth, None, self._channel, 0))
@@ -301,19 +296,9 @@ class QueuePair:
             attributes.qp_access_flags = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE
             with _saying(self.where, "ibv_modify_qp to INIT"):
                 self._pair.to_init(attributes)
-            # One request of each kind, used again and again: the device has read it when a post returns.
-            piece = SGE(self._outgoing_address, 0, self._outgoing_key)
-            self._send = SendWR(wr_id=SEND, opcode=enums.IBV_WR_RDMA_WRITE_WITH_IMM, num_sge=1, sg=[piece])
-            self._piece = _piece_of(self._send, piece)
-            self._receive = RecvWR(wr_id=RECEIVE, num_sge=1, sg=[piece])
-            self._receive.num_sge = 0
         except BaseException:
             self.close()
             raise
-        self._solicited = enums.IBV_SEND_SOLICITED
-        self._signalled = enums.IBV_SEND_SIGNALED
-        self._inline = enums.IBV_SEND_INLINE
-        self._armed = False
 
     def _keep(self, made: Any) -> Any:
         self._open.append(made)
@@ -338,10 +323,8 @@ class QueuePair:
 
         port = self._device.port
         self.messages = min(self.messages, peer.messages)
-        self._peer_key, self._peer_address, self.peer_bytes = peer.rkey, peer.address, peer.ring_bytes
-        with _saying(self.where, "ibv_post_recv"):
-            for _ in range(self.depth):
-                self._pair.post_recv(self._receive)
+        self.ring_bytes = min(self.ring_bytes, peer.ring_bytes)
+        self._peer_key, self._peer_address = peer.rkey, peer.address
         attributes = QPAttr(port_num=port.number)
         attributes.path_mtu = min(port.mtu, peer.mtu)
         attributes.dest_qp_num, attributes.rq_psn, attributes.sq_psn = peer.number, peer.psn, self._psn
@@ -359,60 +342,29 @@ class QueuePair:
         with _saying(towards, "ibv_modify_qp to RTS"):
             self._pair.to_rts(attributes)
 
-    # What follows runs for every message, under the engine's lock.
-
-    def write(self, mine: int, theirs: int, nbytes: int, number: int, *, signalled: bool) -> None:
-        """Write ``nbytes`` from ``mine`` in the outgoing ring to ``theirs`` in the peer's, which learns ``number``. Raises OSError."""
-        piece = self._piece
-        piece.addr, piece.length = self._outgoing_address + mine, nbytes
-        send = self._send
-        send.num_sge = 1 if nbytes else 0
-        send.imm_data = number
-        flags = self._solicited
-        if signalled:
-            flags |= self._signalled
-        if nbytes <= self.inline_bytes:
-            flags |= self._inline
-        send.send_flags = flags
-        send.set_wr_rdma(self._peer_key, self._peer_address + theirs)
-        self._pair.post_send(send)
-
-    def receive(self) -> None:
-        """Let the peer write once more."""
-        self._pair.post_recv(self._receive)
-
-    def poll(self) -> list[Any]:
-        """Return what has completed since."""
-        return self._completions.poll(16)[1]  # type: ignore[no-any-return]
-
-    def arm(self) -> None:
-        """Make ``fd`` readable at the next completion of a message from the peer, or of an error; look once more afterwards."""
-        self.hush()
-        self._completions.req_notify(solicited_only=True)
-        self._armed = True
-
-    def arm_all(self) -> None:
-        """As ``arm``, also for completions of what was sent."""
-        self.hush()
-        self._completions.req_notify()
-        self._armed = True
-
-    def hush(self) -> None:
-        """Take the event that an earlier ``arm`` brought, if it has come."""
-        if self._armed:
-            self._armed = False
-            with suppress(Exception):  # pyverbs raises where no event is there
-                self._channel.get_cq_event(self._completions)
-                self._completions.ack_events(1)
+    def for_stream(self) -> dict[str, int]:
+        """Return what ``RdmaStream`` needs of a connected queue pair: addresses, keys and limits."""
+        pair, completions, channel = (_pointer(each) for each in (self._pair, self._completions, self._channel))
+        found = ctypes.c_uint32.from_address(pair + _PAIR_NUMBER).value
+        related = ctypes.c_void_p.from_address(pair + _PAIR_QUEUE).value, ctypes.c_void_p.from_address(completions + _QUEUE_CHANNEL).value
+        if found != self._pair.qp_num or related != (completions, channel):
+            raise VerbsError(errno.ENOTSUP, f"{self.where}: this pyverbs keeps its objects otherwise than 44 to 64 do")
+        verbs = _libibverbs()
+        return {
+            "qp": pair, "cq": completions, "channel": channel,
+            "get_event": _address_of_function(verbs.ibv_get_cq_event), "ack_events": _address_of_function(verbs.ibv_ack_cq_events),
+            "outgoing": self._outgoing_address, "incoming": self._incoming_address, "capacity": self.ring_bytes,
+            "outgoing_key": self._outgoing_key, "inline_bytes": self.inline_bytes,
+            "peer_address": self._peer_address, "peer_key": self._peer_key, "messages": self.messages, "credits": CREDITS,
+        }  # fmt: skip
 
     def close(self) -> None:
         """Give everything back; idempotent."""
         for made in reversed(self._open):
             made.close()
         self._open.clear()
-        self.incoming = self.outgoing = memoryview(b"")
         for memory in self._memory:
-            with suppress(BufferError):
+            with suppress(BufferError):  # where an error's traceback still holds an address of it
                 memory.close()
 
 
@@ -420,30 +372,23 @@ def _address_of(memory: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
-def _channels() -> set[int]:
-    """The completion channels among this process's descriptors: version 44 does not say which one it made."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if "infinibandevent" in os.readlink(f"/proc/self/fd/{name}"):
-                found.add(int(name))
-    return found
+def _pointer(made: Any) -> int:
+    """Return the address of the verbs object behind one of pyverbs'.
 
-
-class _Piece(ctypes.Structure):
-    """``struct ibv_sge``."""
-
-    _fields_ = [("addr", ctypes.c_uint64), ("length", ctypes.c_uint32), ("lkey", ctypes.c_uint32)]
-
-
-def _piece_of(send: Any, piece: Any) -> Any:
-    """Return what can be changed to let ``send`` send something else.
-
-    A request holds a copy of its piece. Newer versions say where; in older ones it can be replaced by the original, which newer ones
-    would free twice.
+    Each keeps it as its first field, behind those of the class it is derived from; ``for_stream`` checks what is found there.
     """
-    try:
-        return _Piece.from_address(send.sg_list)
-    except (AttributeError, NotImplementedError):
-        send.sg_list = piece
-        return piece
+    from pyverbs.base import PyverbsCM
+
+    return ctypes.c_size_t.from_address(id(made) + PyverbsCM.__basicsize__).value
+
+
+def _address_of_function(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@functools.cache
+def _libibverbs() -> ctypes.CDLL:
+    """The library that pyverbs was linked with: a symbol is also looked for in what an extension depends on."""
+    import pyverbs.cq
+
+    return ctypes.CDLL(pyverbs.cq.__file__)
