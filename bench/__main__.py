@@ -28,6 +28,7 @@ from bench import (
     measure,
     options,
     options_simulate,
+    perftest,
     report,
     simulate,
     tune,
@@ -42,6 +43,7 @@ examples:
   rt.bench all_reduce                          2 ranks, 4 bytes to 64 MiB, both front ends
   rt.bench all_gather -n 4 -b 1M -e 1M         one size, 4 ranks
   rt.bench all_reduce --peers mpich,gloo       peers beside us in the same run (`make peers` first)
+  rt.bench all_reduce --backend jaccl          on an RDMA device, beside perftest's ib_write_bw and latencies
   rt.bench all_reduce -d half -J found.json    nccl-tests' flags, text and JSON
   rt.launch -n 4 rt.bench broadcast            the ranks of a job; also under torchrun and mpirun
   rt.bench loop_lag                            does the event loop stay responsive?
@@ -211,6 +213,8 @@ def _measured(arguments: argparse.Namespace) -> measure.Result | None:
         return result if group.rank() == 0 else None
     wanted = options.options(arguments)
     require(wanted.peers)  # now, not after our own groups were started
+    if wanted.backend == "jaccl":
+        perftest.require()
     return local.run(wanted)
 
 
@@ -225,7 +229,11 @@ def _run_collective(arguments: argparse.Namespace) -> tuple[str, Any, int] | Non
         plot.draw(result, Path(arguments.plot))
     target = arguments.json if arguments.json != "-" else None
     text = report.text(result, arguments.format, stats=arguments.stats, target=target)
-    return text, report.as_json(result, started, stats=arguments.stats), 1 if result.wrong else 0
+    content = report.as_json(result, started, stats=arguments.stats)
+    if result.options.backend == "jaccl":
+        content["perftest"] = perftest.rows(result)
+        text += "\n" + perftest.text(content["perftest"])
+    return text, content, 1 if result.wrong else 0
 
 
 def _run_simulate(arguments: argparse.Namespace) -> tuple[str, Any, int]:

@@ -131,6 +131,12 @@ class RtSyncOnOpenMpi(RtSync):
     meeting = "rt openmpi"
 
 
+class RtSyncOnVerbs(RtSync):
+    """The blocking front end on backend jaccl, on this host's RDMA device."""
+
+    meeting = "rt jaccl"
+
+
 class RtNoSpin(RtSync):
     """The blocking front end without its brief polling before it sleeps: what is left to an event loop, which must not poll either."""
 
@@ -190,6 +196,12 @@ class RtAsyncOnOpenMpi(RtAsync):
     """The asyncio front end on backend mpi, with the library that ``OpenMpi`` calls."""
 
     meeting = "rt openmpi"
+
+
+class RtAsyncOnVerbs(RtAsync):
+    """The asyncio front end on backend jaccl, on this host's RDMA device."""
+
+    meeting = "rt jaccl"
 
 
 class Gloo(Adapter):
@@ -336,6 +348,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "rt async mpich": RtAsyncOnMpich,
     "rt sync openmpi": RtSyncOnOpenMpi,
     "rt async openmpi": RtAsyncOnOpenMpi,
+    "rt sync jaccl": RtSyncOnVerbs,
+    "rt async jaccl": RtAsyncOnVerbs,
     "nospin": RtNoSpin,
     "gloo": Gloo,
     "mlx": Mlx,

@@ -58,7 +58,7 @@ class Options:
     @property
     def systems(self) -> tuple[str, ...]:
         """Names of all systems, rt's front ends first: on backend mpi those on each MPI library among the peers."""
-        libraries = [f" {peer}" for peer in self.peers if peer in MPI_PEERS] if self.backend == "mpi" else [""]
+        libraries = {"ring": [""], "jaccl": [" jaccl"], "mpi": [f" {peer}" for peer in self.peers if peer in MPI_PEERS]}[self.backend]
         return (*(f"rt {front}{library}" for library in libraries for front in self.fronts), *self.peers)
 
     @property

@@ -135,7 +135,11 @@ def _mpi_prefix(name: str) -> Path:
 
 def meet(system: str, size: int, folder: Path) -> Meeting:
     """Prepare the meeting of ``size`` ranks of ``rt``, ``gloo``, ``mlx`` or ``tcp`` over TCP loopback, or of ``mpich`` or ``openmpi``, by
-    itself or (``rt mpich``) under rt."""
+    itself or (``rt mpich``) under rt. ``rt jaccl`` is ``rt`` on this host's RDMA device."""
+    if system == "rt jaccl":
+        meeting = _meet_rt(size, folder)
+        meeting.environ = {**meeting.environ, "RT_BACKEND": "jaccl"}
+        return meeting
     if system.removeprefix("rt ") in _MPI:
         return _meet_mpi(system.removeprefix("rt "), size, folder, ours=system.startswith("rt "))
     return {"rt": _meet_rt, "gloo": _meet_gloo, "mlx": _meet_mlx, "tcp": _meet_tcp}[system](size, folder)

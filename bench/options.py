@@ -109,7 +109,8 @@ def add(command: argparse.ArgumentParser, collective: Collective) -> None:
     option("-c", type=int, choices=(0, 1), default=1, help="verify the results (default: 1)")
     option("--front", type=choice_of(_FRONTS), default="sync,async", help="front ends of rt, the table's first (default: sync,async)")
     option("--peers", type=choice_of(PEERS), default=(), help=f"systems to compare with, out of {','.join(PEERS)}")
-    option("--backend", choices=("ring", "mpi"), default="ring", help="of rt; mpi: on each MPI library among the peers (default: ring)")
+    backends = "of rt; mpi: on each MPI library among the peers; jaccl: on an RDMA device, beside perftest (default: ring)"
+    option("--backend", choices=("ring", "mpi", "jaccl"), default="ring", help=backends)
     option("--stats", action="store_true", help="also least, largest, 99th percentile and standard deviation over mean of the samples")
     option("--format", choices=report.FORMATS, default="nccl", help="whose table (default: nccl)")
     option("--plot", metavar="F.png", help="also draw time over size, all systems; needs matplotlib (pip install rt-collectives[bench])")
@@ -128,6 +129,8 @@ def options(arguments: argparse.Namespace, job_size: int | None = None) -> measu
         raise argparse.ArgumentTypeError(f"--peers {','.join(arguments.peers)} starts ranks of its own, which cannot be done inside a job")
     if arguments.backend == "mpi" and (job_size is not None or not set(arguments.peers) & set(MPI_PEERS)):
         raise argparse.ArgumentTypeError("--backend mpi: found no MPI library among --peers, expected mpich, openmpi or both, not in a job")
+    if arguments.backend == "jaccl" and job_size is not None:
+        raise argparse.ArgumentTypeError("--backend jaccl starts ranks of its own; in a job RT_BACKEND=jaccl does what it says")
     for peer in arguments.peers:
         if not measure.places(peer, collective):
             able = [name for name in PEERS if measure.places(name, collective)]
