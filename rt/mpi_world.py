@@ -13,40 +13,33 @@ import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import os
 import secrets
 import socket
 import sys
 import threading
 import time
-import weakref
-from typing import Any, cast
+from typing import Any
 
-from rt import _fastpath, config, interfaces, mpi_calls
+from rt import config, interfaces
 from rt import world as worlds
-from rt.aio import Work
-from rt.blame import Report
 from rt.bootstrap import HostInfo
-from rt.errors import ConfigError, GroupBrokenError, MismatchError, ProtocolError, RendezvousError
+from rt.errors import ConfigError, RendezvousError
 from rt.group import CoreGroup, hash64
-from rt.mpi_group import LAST_WORDS_SECONDS, Disagreement, MpiGroup
-from rt.mpi_waiting import Requests, patiently
+from rt.library_world import LibraryWorld
+from rt.mpi_group import LAST_WORDS_SECONDS, MpiGroup
+from rt.mpi_waiting import patiently
 from rt.secret import KEY_BYTES, Secret, resolve_secret
 from transports import mpi
 
-_PATIENCE_SECONDS = 0.5  # until an error of MPI is taken for the cause of a failure: a death is heard of within that
-_LEAVE_SECONDS = 5.0
-_COMPARE_SECONDS = 0.05  # between a call and its comparison: one message then tells of all calls meanwhile
 _GIVEN_SECRETS = ("RT_SECRET_FD", "RT_SECRET_FILE", "RT_SECRET")
 _ALONE = "[mpi] The world has a single process. Launch with mpirun to initialize the mpi backend."
 _SRUN_SIZE = "SLURM_STEP_NUM_TASKS"
-_LATE = b"late "
 _words: mpi.Words | None = None
 _meeting = threading.Lock()  # ranks meet in the order in which they call init, one world after the other
 
 
-class MpiWorld(worlds.World):
+class MpiWorld(LibraryWorld):
     """One engine, one control thread, MPI, and the groups on them.
 
     Args:
@@ -55,16 +48,14 @@ class MpiWorld(worlds.World):
         carries: whether arrays travel by MPI; if not its ranks only meet by it, and all goes over the ring's links.
     """
 
+    library = "MPI"
+    unsaid = "one awaits it and the other blocks in it (rt.sync), which MPI does not match"
+
     def __init__(self, settings: config.RingConfig, words: mpi.Words, carries: bool) -> None:
         super().__init__(settings)
         self.words = words
-        self.requests = Requests()
-        self.mpi_drivers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._carries = carries
         self._comms: tuple[Any, Any] | None = None
-        self._comparing = False
-        self._comparison = mpi_calls.Comparison()
-        self.whole = True  # when it was left: no failure keeps ranks from ending MPI together
 
     # -- meeting
 
@@ -134,103 +125,6 @@ class MpiWorld(worlds.World):
             comms.set_result((small, small.Dup()))
         except Exception as error:
             comms.set_exception(error)
-
-    # -- comparing
-
-    def _meet(self, ring: config.RingConfig, future: concurrent.futures.Future[CoreGroup]) -> None:
-        super()._meet(ring, future)
-        assert self.control is not None
-        self.control.on_calls = self._hear_calls
-
-    def compare_soon(self) -> None:
-        """Have rank 0 compare what this rank called with what the others did, in a while and all at once."""
-        if self.control is not None and not self._comparing:
-            self._comparing = True
-            self.control.later(_COMPARE_SECONDS, self._compare)
-
-    def _compare(self) -> None:
-        """In the control thread: tell rank 0 what was called since the last time."""
-        assert self.control is not None
-        self._comparing = False
-        for group in list(self.groups.values()):
-            if isinstance(group, MpiGroup):
-                for message in group.take_called().pack():
-                    self.control.tell_calls(message)
-                if group.called:
-                    self.compare_soon()
-
-    def _hear_calls(self, payload: bytes) -> None:
-        """On rank 0, in the control thread: a rank told what it called, or that something it called is late."""
-        if payload.startswith(_LATE):
-            self.control.later(2 * _COMPARE_SECONDS, self._blame, *json.loads(payload[len(_LATE) :]))  # type: ignore[union-attr]
-            return
-        found = self._comparison.hear(mpi_calls.Told.unpack(payload))
-        if found is not None:
-            known = self.groups.get(found.group)
-            culprit = known.ranks[found.ranks[1]] if known is not None else -1
-            self._report(Report("mismatch", found.group, found.sequence, culprit, "", found.text))
-
-    def heard(self, group: int) -> list[int]:
-        """Return how many calls each rank of a group has told rank 0 of; [] on other ranks."""
-        return self._comparison.told(group)
-
-    # -- failures
-
-    def limit(self, work: Work, seconds: float) -> None:
-        """Give a work that blocks that many seconds."""
-        assert self.control is not None
-        self.control.later(seconds, self.timed_out, work, seconds)
-
-    def timed_out(self, work: Work, seconds: float) -> None:
-        """A time limit expired. Who has not called only rank 0 can know; without it nobody is blamed."""
-        late = cast(Work, work.pending())
-        if not late.lent:
-            super().timed_out(work, seconds)
-        elif late.state == _fastpath.FLYING and self.control is not None:
-            facts = [late.group.identity, late.sequence, late.describe(), f"not done {seconds:g} s after rank {self.rank} called"]
-            self.control.later(0, self.control.tell_calls, _LATE + json.dumps(facts).encode())
-            self.control.later(_PATIENCE_SECONDS, self._still_late, late, facts)
-
-    def _still_late(self, work: Work, facts: list[Any]) -> None:
-        if work.state == _fastpath.FLYING and work.group.failure is None:
-            self._report(Report("timeout", facts[0], facts[1], -1, facts[2], facts[3]))
-
-    def _blame(self, group: int, sequence: int, work: str, text: str) -> None:
-        """On rank 0: say who is late, as far as ranks told."""
-        absent = self._comparison.behind(group, sequence)
-        known = self.groups.get(group)
-        absent = [known.ranks[rank] for rank in absent] if known is not None else []
-        if absent:
-            text += f"; it waits for rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))}, which did not call"
-        self._report(Report("timeout", group, sequence, absent[0] if absent else -1, work, text))
-
-    def mpi_failed(self, group: MpiGroup, work: Work, error: Exception) -> None:
-        """A call of MPI raised; all ranks of the group are told."""
-        # The death of a rank, and a disagreement, are heard of by themselves, and say more.
-        until = time.monotonic() + _PATIENCE_SECONDS
-        while group.failure is None and time.monotonic() < until:
-            time.sleep(0.01)
-        differs = isinstance(error, Disagreement) or getattr(error, "Get_error_class", int)() == self.words.mpi.ERR_TRUNCATE
-        kind: type[GroupBrokenError] = MismatchError if differs else ProtocolError
-        text = f"MPI on rank {self.rank}: {str(error).strip()}"
-        self._report(Report("mismatch" if differs else "protocol", group.identity, work.sequence, -1, work.describe(), text))
-        group.fail(group.broken(kind, None, text))
-
-    # -- leaving
-
-    def leave(self) -> None:
-        """Leave in order, when own works have ended; at most about 16 s. Idempotent."""
-        if not (self.closed or self.orphan):
-            self.whole = not self.broken
-            until = time.monotonic() + _LEAVE_SECONDS
-            if self.whole:
-                patiently(self._nothing_open, lambda: time.monotonic() > until)
-        super().leave()
-
-    def _nothing_open(self) -> bool:
-        self.requests.poll()
-        return not len(self.requests)
-
 
 def make(strict: bool, keywords: dict[str, Any]) -> MpiWorld | None:
     """Return the world of the processes that MPI started, None if there is only this one.

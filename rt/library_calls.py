@@ -1,7 +1,7 @@
-"""What the ranks of an MPI world called, compared: nothing of it is on MPI's wire.
+"""What the ranks of a world called whose arrays a library moves, compared: nothing of it is on the library's wire.
 
 May live here: the message in which a rank tells rank 0 what it called, and rank 0's comparison. May not: what follows from a disagreement
-(``rt.mpi_world``), the connection (``rt.control``).
+(``rt.library_world``), the connection (``rt.control``).
 """
 
 from __future__ import annotations
@@ -57,9 +57,14 @@ class Disagreement(NamedTuple):
 
 
 class Comparison:
-    """What rank 0 knows of the calls of all groups; of each only those that some rank has not told yet."""
+    """What rank 0 knows of the calls of all groups; of each only those that some rank has not told yet.
 
-    def __init__(self) -> None:
+    Args:
+        unsaid: what differs between calls that differ and are the same in words.
+    """
+
+    def __init__(self, unsaid: str) -> None:
+        self._unsaid = unsaid
         self._groups: dict[int, _Calls] = {}
 
     def hear(self, told: Told) -> Disagreement | None:
@@ -68,7 +73,7 @@ class Comparison:
         for number, signature in enumerate(told.signatures, told.first):
             other = calls.compare(told.rank, number, signature)
             if other is not None:
-                return Disagreement(told.group, number, (other[0], told.rank), _text(number, other, (told.rank, signature)))
+                return Disagreement(told.group, number, (other[0], told.rank), _text(number, self._unsaid, other, (told.rank, signature)))
         calls.told[told.rank] = told.first + len(told.signatures)
         calls.trim()
         return None
@@ -110,10 +115,10 @@ def explain(number: int, signature: bytes) -> str:
     return explain_signature(number.to_bytes(4, sys.byteorder) + signature[4:])
 
 
-def _text(number: int, *sides: tuple[int, bytes]) -> str:
+def _text(number: int, unsaid: str, *sides: tuple[int, bytes]) -> str:
     """Describe both sides, the lower rank first, as the ring does."""
     numbered = [(rank, explain(number, signature)) for rank, signature in sorted(sides)]
     text = "ranks disagree: " + ", but ".join(f"rank {rank} called {said}" for rank, said in numbered)
     if numbered[0][1] == numbered[1][1]:
-        text += "; one awaits it and the other blocks in it (rt.sync), which MPI does not match"
+        text += f"; {unsaid}"
     return text
