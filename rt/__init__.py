@@ -73,15 +73,19 @@ __all__ = [
 class _Awaitable(Api[Awaitable[Any]]):
     def _run(self, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Awaitable[Any]:
         if timeout is not None or stream is not None or key is not None:
-            check_common(timeout, stream, key)
+            check_common(timeout, key)
         core = core_of(group) if group is not None else ready_core()
         if core is None:
-            return Deferred(lambda formed, x, out: _start(formed, start, x, out, timeout), x, out, world.start())
-        return _start(core, start, x, out, timeout)
+            return Deferred(lambda formed, x, out: _start(formed, start, x, out, timeout, stream), x, out, world.start())
+        return _start(core, start, x, out, timeout, stream)
 
 
-def _start(core: CoreGroup, start: Start, x: Any, out: Any, timeout: float | None) -> Work:
-    work = start(core, x, out)
+def _start(core: CoreGroup, start: Start, x: Any, out: Any, timeout: float | None, stream: Any) -> Work:
+    if stream is None:
+        work = start(core, x, out)
+    else:
+        with core.on_stream(stream):
+            work = start(core, x, out)
     _limit(work, timeout if timeout is not None else core.timeout)
     return work
 
@@ -108,7 +112,10 @@ class Group(_Group[Awaitable[Any]]):
         _limit(work, core.timeout)
 
         async def form() -> Group:
-            return Group(collectives.split_group(core, await work, number))
+            part = collectives.split_group(core, await work, number)
+            if part.making is not None:
+                await wait_until(part.making)
+            return Group(part)
 
         return form()
 

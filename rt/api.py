@@ -35,7 +35,7 @@ class Api(Generic[R]):
 
     Args:
         group: a ``Group`` of either front end; None: the world, formed now if it was not (as ``init()`` does).
-        stream: for accelerators; must be None on this backend.
+        stream: of CuPy, on which the call is made, instead of the current one (backend ``nccl``); None elsewhere.
         out: C-contiguous array that receives the result and is returned: of NumPy, a torch tensor, or a writable buffer (``bytearray``,
             ``array.array``, ``memoryview``, ...). It may be x itself or, for the gathers and scatters, in place by NCCL's rules (x is
             this rank's block of out, or out is this rank's block of x). Any other overlap with x is a ValueError.
@@ -264,12 +264,9 @@ class Api(Generic[R]):
         timeout: float | None = None, key: Any = None, tag: int = 0,
     ) -> R:  # fmt: skip
         """Receive an array of x's shape, dtype and kind from rank ``src``."""
-        shape, dtype, wrap = collectives.like(x)
-
-        def start(core: CoreGroup, _: Any, out: Any) -> Work:
-            return collectives.recv(core, shape, dtype, src, out, tag, "recv_like", wrap)
-
-        return self._run(group, start, None, out, timeout, stream, key)
+        return self._run(
+            group, lambda core, x, out: collectives.recv_like(core, x, src, out, tag), x, out, timeout, stream, key
+        )
 
     def sendrecv(
         self, x: Any, dst: int, src: int, *, group: Any = None, stream: Any = None, out: Any = None,
@@ -320,10 +317,8 @@ class Api(Generic[R]):
         return self._run(group, lambda core, x, _: _objects().all_gather_objects(core, x), obj, None, timeout, None, None)
 
 
-def check_common(timeout: float | None, stream: Any, key: Any) -> None:
-    """Refuse what this backend cannot honour rather than ignore it."""
-    if stream is not None:
-        raise ConfigError("stream= is for accelerator backends; the ring takes stream=None")
+def check_common(timeout: float | None, key: Any) -> None:
+    """Refuse what cannot be honoured rather than ignore it."""
     if key is not None:
         raise ConfigError("key= (order-free matching) is not available yet; use a sub-group or tag= to order calls independently")
     if timeout is not None and not isinstance(timeout, (int, float)):

@@ -11,13 +11,17 @@ from __future__ import annotations
 import array
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rt import _fastpath
+from rt import _fastpath, device_arrays
 from rt.aio import Work
+from rt.device_arrays import OnDevice
 from rt.dtypes import DType, code_of, numpy_dtype
+
+if TYPE_CHECKING:
+    from rt.group import CoreGroup
 
 Array = np.ndarray[Any, Any]
 Wrap = Callable[[Array], Any]
@@ -41,8 +45,8 @@ class View(NamedTuple):
     fixed: str = ""
 
 
-def view(x: Any, what: str) -> View:
-    """Return the view of any array or number.
+def view(x: Any, what: str, group: CoreGroup | None = None) -> View:
+    """Return the view of any array or number; of one on a device only where it is for a ``group`` that takes them.
 
     Raises:
         TypeError: x is none, lies where the host cannot read it, or means more than its items; the message says which, and what to do.
@@ -55,6 +59,9 @@ def view(x: Any, what: str) -> View:
         return View(np.asarray(x), None, "a number has no memory to write to")
     if isinstance(x, (list, tuple)):
         raise TypeError(f"{what}: expected an array or a number, got a {type(x).__name__}; use numpy.array(...) first")
+    there = group.on_device(x, what) if group is not None else None
+    if there is not None:
+        return View(there, device_arrays.owner)
     for module, name, read in _LIBRARIES:
         library = sys.modules.get(module)
         if library is not None and isinstance(x, getattr(library, name, ())):
@@ -175,7 +182,7 @@ def source(x: Any, what: str, work: Work | None) -> Array:
     if type(x) is np.ndarray:
         items = x
     else:
-        items, wrap, _ = view(x, what)
+        items, wrap, _ = view(x, what, None if work is None else work.group)
         if work is not None:
             work.hand_out = wrap
     found = contiguous(items)
@@ -194,6 +201,8 @@ def contiguous(items: Array) -> Array:
 
 def copy(items: Array, dtype: np.dtype[Any] | None = None) -> Array:
     """Return the items, converted if ``dtype`` says to what, C-contiguous and in memory of ours."""
+    if isinstance(items, OnDevice):
+        return device_arrays.packed(items, dtype)
     fresh = _fastpath.empty(items.shape, items.dtype if dtype is None else dtype)
     np.copyto(fresh, items, casting="unsafe")
     return fresh
@@ -204,18 +213,19 @@ def target(out: Any, shape: tuple[int, ...], like_array: Array | None, what: str
     if like_array is not None:
         dtype = like_array.dtype
     if out is None:
-        return _fastpath.empty(shape, dtype)
+        # A NumPy array's result is one; what else it may be the group knows.
+        return _fastpath.empty(shape, dtype) if type(like_array) is np.ndarray else work.group.memory(shape, dtype, like_array)
     if like_array is not None and like_array.shape == shape and _fastpath.lies_like(out, like_array):
         work.hand_out, work.borrows_target = None, True
         return out  # type: ignore[no-any-return]
-    items = written(out, shape, dtype, what)
+    items = written(out, shape, dtype, what, work.group)
     work.hand_out = None if items is out else lambda _: out
     work.borrows_target = True
     return items
 
 
-def written(out: Any, shape: tuple[int, ...], dtype: Any, what: str) -> Array:
-    """Return the memory of an ``out`` of the caller's.
+def written(out: Any, shape: tuple[int, ...], dtype: Any, what: str, group: CoreGroup | None = None) -> Array:
+    """Return the memory of an ``out`` of the caller's; see ``view``.
 
     Raises:
         TypeError: it is of a kind that cannot be written to.
@@ -226,7 +236,7 @@ def written(out: Any, shape: tuple[int, ...], dtype: Any, what: str) -> Array:
     else:
         if out is None or isinstance(out, (list, tuple)):
             raise TypeError(f"{what}: out must be an array, not {type(out).__name__}")
-        items, _, fixed = view(out, f"{what}: out")
+        items, _, fixed = view(out, f"{what}: out", group)
         if fixed:
             raise TypeError(f"{what}: results cannot be written to out: {fixed}; take what the call returns")
     if items.dtype != dtype or items.shape != shape:
@@ -261,11 +271,11 @@ def aliasing(x: Any, items: Array, out: Array, what: str, allowed: set[tuple[int
     raise ValueError(f"{what}: out overlaps x; it may be x itself or this rank's block, or share no memory with it")
 
 
-def form(x: Any, what: str) -> tuple[tuple[int, ...], np.dtype[Any], Wrap | None]:
-    """Return shape and dtype of an array, and what makes such arrays of results."""
-    items, wrap, _ = view(x, what)
+def form(x: Any, what: str, group: CoreGroup) -> tuple[Array, Wrap | None]:
+    """Return an array of whose form results are to be, and what makes of them arrays of x's kind."""
+    items, wrap, _ = view(x, what, group)
     code_of(items.dtype)
-    return items.shape, items.dtype, wrap
+    return items, wrap
 
 
 def private(x: Any) -> Any:

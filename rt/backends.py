@@ -38,6 +38,8 @@ def choose_backend(backend: str, environ: Environ = os.environ, strict: bool = F
     if wanted not in BACKENDS:
         raise ConfigError(f"RT_BACKEND: found {wanted!r}, expected one of {', '.join(BACKENDS)}")
     if wanted == "any":
+        if configured_for_nccl(environ) and is_available("nccl"):
+            return "nccl"
         return "jaccl" if configured_for_rdma(environ) and is_available("jaccl") else "ring"
     return _if_available(wanted, True, f"RT_BACKEND: found {wanted!r}")
 
@@ -59,12 +61,20 @@ def unavailable(backend: str) -> str:
         from transports import verbs
 
         return verbs.missing()
-    return "which this version does not have yet, expected 'ring' or 'mpi'"
+    from transports import nccl
+
+    return nccl.missing()
 
 
 def configured_for_rdma(environ: Environ = os.environ) -> bool:
     """Say whether RDMA devices are named, and no ring file: as MLX's launcher does it for its ``jaccl``."""
     return any(f"{of}_IBV_DEVICES" in environ for of in ("RT", "JACCL", "MLX")) and not {"RT_HOSTFILE", "MLX_HOSTFILE"} & environ.keys()
+
+
+def configured_for_nccl(environ: Environ = os.environ) -> bool:
+    """Say whether all of MLX's variables for NCCL are there, and nothing of ours that says where to meet."""
+    found = {"NCCL_HOST_IP", "NCCL_PORT", "MLX_RANK", "MLX_WORLD_SIZE"} <= environ.keys()
+    return found and not {"RT_RANK", "RT_HOSTFILE", "RT_COORDINATOR", "MLX_HOSTFILE"} & environ.keys()
 
 
 def check_devices(chosen: str | None, keywords: dict[str, object]) -> None:

@@ -198,17 +198,25 @@ def send(group: CoreGroup, x: Any, dst: int, tag: int) -> Work:
     return work
 
 
-def recv(
-    group: CoreGroup, shape: Any, dtype: Any, src: int, out: Any, tag: int, what: str = "recv", wrap: arrays.Wrap | None = None
-) -> Work:
-    """Start a receive of an array of the given shape and dtype; ``wrap`` makes of it what the caller gets."""
+def recv(group: CoreGroup, shape: Any, dtype: Any, src: int, out: Any, tag: int) -> Work:
+    """Start a receive of an array of the given shape and dtype."""
     work = Work(group)
-    work.hand_out = wrap
     peer = _peer(src, group, "recv from", "source")
     code = code_of(arrays.dtype_of(dtype))
     sides = _shape(shape)
-    target = _target(out, sides, None, what, work, numpy_dtype(code))
-    work.result = target
+    return _receive(group, work, _target(out, sides, None, "recv", work, numpy_dtype(code)), code, peer, tag, "recv")
+
+
+def recv_like(group: CoreGroup, x: Any, src: int, out: Any, tag: int) -> Work:
+    """Start a receive of an array of x's shape, dtype and kind."""
+    work = Work(group)
+    like, work.hand_out = arrays.form(x, "recv_like", group)
+    peer = _peer(src, group, "recv from", "source")
+    return _receive(group, work, _target(out, like.shape, like, "recv_like", work), code_of(like.dtype), peer, tag, "recv_like")
+
+
+def _receive(group: CoreGroup, work: Work, target: np.ndarray[Any, Any], code: DType, peer: int, tag: int, what: str) -> Work:
+    work.result, sides = target, target.shape
     group.submit(what, Call(Collective.RECV, code, Op.SUM, sides, target.size, root=peer, tag=_tag(tag)), None, target, work)
     return work
 
@@ -221,8 +229,8 @@ def sendrecv(group: CoreGroup, x: Any, dst: int, src: int, out: Any, tag: int) -
     array = _array(x, "sendrecv", sent)
     dtype, number = code_of(array.dtype), _tag(tag)
     to, origin = _peer(dst, group, "send to", "destination"), _peer(src, group, "recv from", "source")
-    shape, form = (array.shape, array.dtype) if out is None else arrays.form(out, "sendrecv")[:2]
-    target = _target(out, shape, None, "sendrecv", work, form)
+    like = array if out is None else arrays.form(out, "sendrecv", group)[0]
+    target = _target(out, like.shape, like, "sendrecv", work)
     if out is None:
         work.hand_out = sent.hand_out
     arrives = code_of(target.dtype)
@@ -232,11 +240,6 @@ def sendrecv(group: CoreGroup, x: Any, dst: int, src: int, out: Any, tag: int) -
     group.submit("sendrecv", Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=to, tag=number), array, None, sent)
     group.submit("sendrecv", Call(Collective.RECV, arrives, Op.SUM, target.shape, target.size, root=origin, tag=number), None, target, work)
     return fused.hold([work, sent], f"{work.about}, sent and received", lambda results: results[0])
-
-
-def like(x: Any) -> tuple[tuple[int, ...], np.dtype[Any], arrays.Wrap | None]:
-    """Shape, dtype and kind of what ``recv_like`` is given."""
-    return arrays.form(x, "recv_like")
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------------------------

@@ -75,13 +75,14 @@ def scatter(group: CoreGroup, x: Any, root: int, out: Any, counts: Any = None) -
     root = _rank(root, group, "root")
     mine = group.rank == root
     rows = None if counts is None else _counts(counts, group, "counts")
-    shape, dtype, array = _whole(group, x, out, rows, mine, work, what)
+    shape, like, array = _whole(group, x, out, rows, mine, work, what)
+    dtype = like.dtype
     if rows is not None:
         _check_sum(rows, shape, "counts", what)
     if array is not None and group.size == 1:
         return _alone(work, x, array, out, what)
     block = _block_shape(shape, group, what) if rows is None else (rows[group.rank], *shape[1:])
-    target = _target(out, block, None, what, work, dtype)
+    target = _target(out, block, like, what, work)
     start = root * target.size if rows is None else _start(rows, root, shape)
     alias = _aliasing(x, array, target, what, {(0, start)}) if array is not None else None
     work.result = target
@@ -95,17 +96,18 @@ def scatter(group: CoreGroup, x: Any, root: int, out: Any, counts: Any = None) -
 
 def _whole(
     group: CoreGroup, x: Any, out: Any, rows: tuple[int, ...] | None, mine: bool, work: Work, what: str
-) -> tuple[tuple[int, ...], np.dtype[Any], np.ndarray[Any, Any] | None]:
-    """Return shape and dtype of what is scattered, and the array if it is ``mine``; elsewhere ``out`` may tell them."""
+) -> tuple[tuple[int, ...], np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+    """Return the shape of what is scattered, an array of its dtype and kind, and it if it is ``mine``; elsewhere ``out`` may tell."""
     if mine:
         array = _array(x, what, work)
-        return array.shape, array.dtype, array
+        return array.shape, array, array
     if x is not None:
-        shape, dtype, work.hand_out = arrays.form(x, what)
-        return shape, dtype, None
-    if not isinstance(out, np.ndarray) or not out.ndim:
+        like, work.hand_out = arrays.form(x, what, group)
+        return like.shape, like, None
+    found = out if isinstance(out, np.ndarray) or out is None else group.on_device(out, what)
+    if found is None or not found.ndim:
         raise TypeError(f"{what}: a rank that is not the root gives x, for its shape and dtype, or the array that receives as out=")
-    return (group.size * out.shape[0] if rows is None else sum(rows), *out.shape[1:]), out.dtype, None
+    return (group.size * found.shape[0] if rows is None else sum(rows), *found.shape[1:]), found, None
 
 
 def all_to_all(group: CoreGroup, x: Any, out: Any) -> Work:

@@ -11,13 +11,14 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, TypeVar
 
 from rt import world
 from rt.aio import Work
 from rt.arrays import private
 from rt.group import CoreGroup
 
+_T = TypeVar("_T")
 _waiting: deque[Deferred] = deque()
 _starting = threading.RLock()  # who starts calls that waited starts all of them, in order; re-entered where a start asks for the group
 
@@ -61,8 +62,8 @@ class Deferred:
         return (yield from self._work.__await__())
 
 
-async def wait_until(formed: concurrent.futures.Future[CoreGroup]) -> CoreGroup:
-    """Return the group once it has formed. Cancelling this harms nobody else who waits: the ranks go on meeting."""
+async def wait_until(formed: concurrent.futures.Future[_T]) -> _T:
+    """Return the group, or whatever it is, once it has formed. Cancelling this harms nobody else who waits: the ranks go on meeting."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 

@@ -170,6 +170,7 @@ class Works(Work):
         self.what, self.about = parts[0].what, about
         self.parts = parts
         self._on_give_back = on_give_back
+        self.lent = any(part.lent for part in parts)
         self._flying = parts[::-1]
         self._watch()
 
@@ -235,6 +236,21 @@ def start(
     return works
 
 
+def each(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str, finish: Callable[[list[Any]], Any]) -> Work:
+    """Start an all-reduce of every array of a list on a device: NCCL makes one kernel of them, so they are not joined.
+
+    Args:
+        finish: makes of the list of results what the caller gets.
+    """
+    from rt import collectives
+
+    if out is not None and (not isinstance(out, (list, tuple)) or len(out) != len(xs)):
+        raise ValueError(f"{what}: out must be a list of {len(xs)} arrays, as x is")
+    with group.together():
+        works = [collectives.all_reduce(group, x, op.name.lower(), y, what) for x, y in zip(xs, out or [None] * len(xs), strict=True)]
+    return hold(works, f"{len(xs)} arrays", finish, lambda: None)
+
+
 def hold(
     works: list[Work], about: str, finish: Callable[[list[Array]], Any], on_give_back: Callable[[], None] | None = None
 ) -> Work:
@@ -258,6 +274,8 @@ def all_reduce(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str)
         TypeError: an item is no array, has a dtype that ``op`` is not defined on, or ``out`` is no list.
         ValueError: ``out`` does not fit: its length, an item of it, or memory that it shares with anything but the same item of ``xs``.
     """
+    if group.takes_devices and any(group.on_device(x, what) is not None for x in xs):
+        return each(group, xs, op, out, what, list)
     given = views(xs, what, numbers=False)
     outs = None if out is None else _outs(out, given.items, what)
     # A list of nothing is a call as any other, to be compared with those of the other ranks.

@@ -34,10 +34,12 @@ def average(group: CoreGroup, tree: Any, bucket_bytes: int, communication_type: 
     from rt import fused
 
     leaves, rebuild = _flatten(tree)
-    given = fused.views(leaves, _WHAT, numbers=True)
     wire = None if communication_type is None else np.dtype(arrays.dtype_of(communication_type))
     if wire is not None and code_of(wire) not in INEXACT:
         raise TypeError(f"{_WHAT}: communication_type must be floating or complex, not {wire}")
+    if group.takes_devices and any(group.on_device(leaf, _WHAT) is not None for leaf in leaves):
+        return _on_device(group, leaves, wire, rebuild)
+    given = fused.views(leaves, _WHAT, numbers=True)
     layout = fused.layout_of(given, wire, bucket_bytes, None)
     for code in layout.codes:
         if code not in INEXACT:
@@ -49,6 +51,19 @@ def average(group: CoreGroup, tree: Any, bucket_bytes: int, communication_type: 
         work.finish(rebuild([]))
         return work
     return fused.hold(works, f"{len(leaves)} arrays", lambda results: rebuild(given.hand_out(layout.cut(results))))
+
+
+def _on_device(group: CoreGroup, leaves: list[Any], wire: np.dtype[Any] | None, rebuild: Callable[[list[Any]], Any]) -> Work:
+    """As ``average``, of arrays of CuPy."""
+    from rt import fused
+
+    if wire is None:
+        return fused.each(group, leaves, Op.MEAN, None, _WHAT, rebuild)
+
+    def back(results: list[Any]) -> Any:
+        return rebuild([result.astype(leaf.dtype) for result, leaf in zip(results, leaves, strict=True)])
+
+    return fused.each(group, [leaf.astype(wire) for leaf in leaves], Op.MEAN, None, _WHAT, back)
 
 
 def _flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:

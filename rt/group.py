@@ -7,6 +7,7 @@ May live here: what a group knows and how a checked call becomes a work. May not
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import struct
@@ -17,10 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rt import _fastpath
 from rt.aio import BUDGET_BYTES, LoopDriver, Work
 from rt.dtypes import ITEMSIZE, OPS, DType, Op
-from rt.errors import GroupBrokenError, GroupClosedError, RTError
+from rt.errors import ConfigError, GroupBrokenError, GroupClosedError, RTError
 from rt.schedule import Collective
 
 if TYPE_CHECKING:
+    import concurrent.futures
+
+    from rt.device_arrays import OnDevice
     from rt.objects import Order
     from rt.world import World
 
@@ -115,9 +119,13 @@ class CoreGroup:
         rank: of this process in the group.
         timeout: seconds a collective may take unless the call says otherwise; None for ever.
         hosts: of each rank the number of its host, in the order in which ranks of the group come to hosts.
+        making: ends when a library has connected its ranks, None where none has to.
         full_mesh, link_kind, tuning: what algorithms are chosen by, alike on all ranks: whether all pairs are connected, by what (one of
             ``tuning.LINKS``), and rank 0's table. Only where there are several ranks.
     """
+
+    making: concurrent.futures.Future[Any] | None = None
+    takes_devices = False  # whether its arrays may lie on devices
 
     def __init__(
         self, world: World | None, ranks: Sequence[int], rank: int, name: str, identity: int, timeout: float | None = None
@@ -269,6 +277,24 @@ class CoreGroup:
         if call.kind is Collective.RECV:
             return hash64(self.identity, "p2p", call.root, self.rank, call.tag, *apart)
         return hash64(self.identity, *apart) if apart else self.identity
+
+    # -- memory
+
+    def on_device(self, x: Any, what: str) -> OnDevice | None:
+        """Return what stands for an array that lies where this group takes arrays and the host cannot read; None for any other."""
+        return None
+
+    def memory(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+        """Return memory for a result, of the kind of ``like``, or what this group takes where that is None."""
+        return _fastpath.empty(shape, dtype)
+
+    def together(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context whose collectives a library launches together, where ``takes_devices``."""
+        raise NotImplementedError
+
+    def on_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which calls are made on a stream of the caller's."""
+        raise ConfigError(f"stream= is for arrays on a device, which only backend 'nccl' takes; group {self.name} takes stream=None")
 
     # -- driving
 

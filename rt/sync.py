@@ -75,11 +75,14 @@ def _alone() -> bool:
 class _Blocking(Api[Any]):
     def _run(self, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Any:
         if timeout is not None or stream is not None or key is not None:
-            check_common(timeout, stream, key)
+            check_common(timeout, key)
         core = core_of(group) if group is not None else _world_core()
         _refuse_inside_loop(core)
         limit = timeout if timeout is not None else core.timeout
-        return _wait(start(core.blocking(limit), x, out), limit)
+        if stream is None:
+            return _wait(start(core.blocking(limit), x, out), limit)
+        with core.on_stream(stream):
+            return _wait(start(core.blocking(limit), x, out), limit)
 
     def _all_reduce(self, group: Any, what: str, op: str, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Any:
         # A small one between ranks that poll takes less time than the layers that most calls go through.
@@ -120,7 +123,10 @@ class Group(_Group[Any]):
         core = self._core
         _refuse_inside_loop(core)
         work, number = collectives.split(core, color, key)
-        return Group(collectives.split_group(core, _wait(work, core.timeout), number))
+        part = collectives.split_group(core, _wait(work, core.timeout), number)
+        if part.making is not None:
+            part.making.result()
+        return Group(part)
 
     def average_gradients(
         self, gradients: Any, all_reduce_size: int = BUCKET_BYTES, communication_type: Any = None, communication_stream: Any = None

@@ -436,6 +436,10 @@ def _make(
 
         rdma = resolve_rdma(**devices, **keywords)
         return "jaccl", World(rdma) if rdma is not None else None
+    if chosen == "nccl":
+        from rt import nccl_world
+
+        return "nccl", nccl_world.make(keywords)
     if chosen == "ring":
         ring = config.resolve_ring(**keywords)
         if ring is not None:

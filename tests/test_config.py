@@ -17,6 +17,7 @@ import pytest
 from rt.backends import choose_backend, is_available
 from rt.config import RingConfig, resolve_ring
 from rt.errors import ConfigError
+from transports import nccl
 
 SECRET = {"RT_SECRET": "sixteen characters"}
 RING = [["127.0.0.1:5000", "127.0.0.1:5001"], ["127.0.0.1:5002", "127.0.0.1:5003"]]
@@ -416,8 +417,16 @@ def test_what_is_no_inherited_socket(listening: str, tmp_path: Path) -> None:
     assert failure({**environ, "RT_COORDINATOR_FD": "x"}) == "RT_COORDINATOR_FD: found 'x', expected an integer >= 0"
 
 
+NCCL = {"NCCL_HOST_IP": "10.0.0.1", "NCCL_PORT": "12345", "MLX_RANK": "0", "MLX_WORLD_SIZE": "2"}
+
+
+@pytest.fixture
+def without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "missing", lambda: "which needs something")
+
+
 def test_which_backends_are_there() -> None:
-    assert [name for name in ("any", "nccl", "jaccl", "ring", "gloo", "") if is_available(name)] == ["any", "ring"]
+    assert [name for name in ("any", "jaccl", "ring", "gloo", "") if is_available(name)] == ["any", "ring"]
 
 
 def test_an_unknown_backend_lists_the_known_ones() -> None:
@@ -436,17 +445,27 @@ def test_an_unknown_backend_lists_the_known_ones() -> None:
         ("any", {"RT_BACKEND": "any"}, "ring"),
         ("ring", {"RT_BACKEND": "nonsense"}, "ring"),
         ("nccl", {}, None),
+        ("any", NCCL, "ring"),
     ],
 )
-def test_choice(backend: str, environ: dict[str, str], chosen: str | None) -> None:
+def test_choice(backend: str, environ: dict[str, str], chosen: str | None, without_nccl: None) -> None:
     assert choose_backend(backend, environ, False) == chosen
 
 
-def test_backends_that_are_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"^keyword backend: found 'nccl', .* expected 'ring' or 'mpi'$"):
+@pytest.mark.parametrize(
+    ("environ", "chosen"),
+    [(NCCL, "nccl"), ({}, "ring"), (NCCL | {"RT_BACKEND": "ring"}, "ring"), (NCCL | RT, "ring"), ({"RT_BACKEND": "nccl"}, "nccl")],
+)
+def test_choice_with_nccl(environ: dict[str, str], chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "missing", lambda: "")
+    assert choose_backend("any", environ, False) == chosen
+
+
+def test_backends_that_are_not_there(without_nccl: None) -> None:
+    with pytest.raises(ConfigError, match=r"^keyword backend: found 'nccl', which needs something$"):
         choose_backend("nccl", {}, True)
     for strict in (False, True):  # the launcher's word must not end in N singletons
-        with pytest.raises(ConfigError, match=r"^RT_BACKEND: found 'nccl', .* expected 'ring' or 'mpi'$"):
+        with pytest.raises(ConfigError, match=r"^RT_BACKEND: found 'nccl', which needs something$"):
             choose_backend("any", {"RT_BACKEND": "nccl"}, strict)
     with pytest.raises(ConfigError, match=r"^RT_BACKEND: found 'gloo', expected one of any, mpi, nccl, jaccl, ring$"):
         choose_backend("any", {"RT_BACKEND": "gloo"}, False)
