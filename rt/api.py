@@ -45,7 +45,8 @@ class Api(Generic[R]):
     Arrays may be NumPy's, torch's, MLX's or JAX's, on the CPU, or of whatever speaks DLPack or the buffer protocol. They are read where
     they lie (what is not contiguous is copied once), and the result is of x's kind; what has no kind of its own to give back gives
     NumPy's. Python's numbers are arrays of shape ``()``. Refused with a TypeError that says what to do: memory of other devices, masked
-    arrays, subclasses, torch tensors that require grad (unless under ``torch.no_grad()``), arrays that JAX is tracing.
+    arrays, subclasses, torch tensors that require grad (unless under ``torch.no_grad()``), arrays that JAX is tracing. Groups of backend
+    ``nccl`` also take arrays of CuPy on their rank's device, and answer with such.
 
     Every call may raise ``GroupBrokenError`` (one of its kinds), ``GroupClosedError``, and TypeError or ValueError for bad arguments.
     Calls are matched between ranks in the order in which each rank makes them: call order is wire order.

@@ -58,7 +58,7 @@ class LibraryGroup(CoreGroup):
         if not self.travels(call, source, target):
             super().submit(what, call, source, target, work, budget)
             return
-        signature, work.about = self.described(call, self.way)
+        signature, work.about = self.described(call)
         work.what = what
         if self.failure is not None:
             raise self.failure(work, True)
@@ -84,8 +84,9 @@ class LibraryGroup(CoreGroup):
         if self.failure is not None:
             self.world.requests.give_up(self)
 
-    def described(self, call: Call, way: str) -> tuple[bytes, str]:
-        """Return the signature of a call that goes that way, and it in words."""
+    def described(self, call: Call, way: str = "") -> tuple[bytes, str]:
+        """Return the signature of a call that goes that way or, "", the group's own, and it in words."""
+        way = way or self.way
         found = self._described.get((call, way))
         if found is None:
             # What each pair of ranks exchanges in an all-to-all with counts nobody compares; MPI finds out what is too long.

@@ -91,13 +91,10 @@ class NcclGroup(LibraryGroup):
             if not isinstance(error, RTError):  # those come with the group's failure
                 self.world.not_connected(self, f"NCCL on rank {self.world.rank} could not connect device {self.device}: {error}")
             return
-        if self.failure is not None:  # it came too late
+        try:
+            self.making.set_result(comm)
+        except concurrent.futures.InvalidStateError:  # the group has failed meanwhile
             comm.abort()
-        self._settle(lambda: self.making.set_result(comm))
-
-    def _settle(self, end: Callable[[], None]) -> None:
-        with contextlib.suppress(concurrent.futures.InvalidStateError):
-            end()
 
     # -- memory
 
@@ -144,7 +141,7 @@ class NcclGroup(LibraryGroup):
             nccl.check(what, call)
             work.hand_out = work.hand_out or (device_arrays.owner if isinstance(work.result, OnDevice) else None)
         elif call.kind not in P2P and not call.part and self.failure is None:
-            self.tell(self.signature_of(call, "links"))  # so that a rank which passes an array of CuPy is found out
+            self.tell(self.described(call, "links")[0])  # so that a rank which passes an array of CuPy is found out
         super().submit(what, call, source, target, work, budget)
 
     def _carry(self, call: Call, source: Any, target: Any, work: Work) -> None:
@@ -225,7 +222,8 @@ class NcclGroup(LibraryGroup):
         on_device = list(self.on_device_now)
         super().fail(failure)
         self._messages_next = None
-        self._settle(lambda: self.making.set_exception((self.failure or failure)(Work(self))))
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            self.making.set_exception((self.failure or failure)(Work(self)))
         if not self._ending and self.making.exception() is None and self.making.result() is not None:
             self._ending = True
             self._breaker.put(lambda: self._abort(on_device))

@@ -186,8 +186,9 @@ def init(
 
     Args:
         strict: an error instead of a group of one if nothing is configured.
-        backend: ``ring``; ``mpi``, of processes that ``mpirun`` or the like started; or ``any``: what was started first, else what
-            ``RT_BACKEND`` says, else the ring where something configures it, else MPI where it started several processes.
+        backend: ``ring``; ``mpi``, of processes that ``mpirun`` or the like started; ``nccl``, for arrays of CuPy; or ``any``: what was
+            started first, else what ``RT_BACKEND`` says, else NCCL where MLX's variables for it are set, else the ring where something
+            configures it, else MPI where it started several processes.
         rank, world_size, coordinator: this process, how many there are, ``host:port`` where rank 0 listens.
         hostfile: instead of a coordinator: JSON list of lists of ``ip:port``, one list per rank, one connection per address.
         connections_per_ip: sockets between two ranks (with a coordinator).

@@ -254,6 +254,9 @@ async def both_kinds(rt: Any, group: Any, ctl: Any) -> None:
     for _ in range(3):  # no table of calls may carry one past the comparison
         same(await rt.all_sum(x), np.full(5, sum(range(size)), np.float32))
         same((await rt.all_sum(to_device(x))).get(), np.full(5, sum(range(size)), np.float32))
+    rows = [1 + (me + peer) % 2 for peer in range(size)]
+    for kind in (np.asarray, to_device):  # both are compared, though each two ranks agree on other lengths
+        await rt.all_to_all_v(kind(np.zeros((sum(rows), 2))), rows, rows)
     assert float(await rt.all_sum(1.0)) == size
     assert await rt.all_gather_objects(me) == list(range(size))
     part = await group.split(me % 2, -me)

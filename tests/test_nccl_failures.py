@@ -161,6 +161,7 @@ def test_abort() -> None:
 async def a_part_breaks(rt: Any, group: Any, ctl: Any) -> Any:
     """The world goes on with a communicator of its own."""
     part = await group.split(0)
+    await rt.barrier()  # NCCL has connected both ranks of the part
     x = to_device(np.ones(10, np.float32))
     if group.rank() == 0:
         part.abort()
