@@ -27,7 +27,7 @@ from rt.dtypes import HALF, ITEMSIZE, Op
 from rt.errors import GroupBrokenError, PeerLostError, RTError
 from rt.group import KNOWN_OPS, Call, CoreGroup, InLibrary, Ready
 from rt.library_group import P2P, LibraryGroup
-from rt.mpi_waiting import LOOP_BYTES, Worker, patiently
+from rt.mpi_waiting import LOOP_BYTES, Request, Worker, patiently
 from rt.schedule import Collective
 from transports.mpi import ITEMS_MOST, Wording, message_pieces, travels
 

@@ -164,7 +164,9 @@ class NcclGroup(LibraryGroup):
             self._watch(batch)
 
     def _watch(self, batch: _Batch) -> None:
-        self._drive(Request(batch.test, batch.end, batch.fail, 0, self))
+        self._drive(Request(batch.test, batch.end, batch.fail, 0, self, batch))
+        if self.failure is not None:  # since the group was looked at
+            self.world.requests.give_up(self)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
