@@ -97,3 +97,11 @@ def _if_available(backend: str, strict: bool, found: str) -> str | None:
     if strict:
         raise ConfigError(f"{found}, {why}")
     return None
+
+
+def not_configured(backend: str) -> str:
+    """Return the error of a ``strict`` start that finds nothing."""
+    return (
+        f"init(strict=True, backend={backend!r}): nothing configures a group; expected RT_RANK with RT_HOSTFILE, or RT_RANK, RT_WORLD_SIZE "
+        "and RT_COORDINATOR, or the keywords of the same names; `rt.launch -n 4 program` sets them"
+    )

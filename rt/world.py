@@ -413,7 +413,7 @@ def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concur
         chosen, made = _make(chosen, backend, strict, living, keywords)
         if made is None:
             if strict:
-                raise ConfigError(_not_configured(backend))
+                raise ConfigError(backends.not_configured(backend))
             single: concurrent.futures.Future[CoreGroup] = concurrent.futures.Future()
             single.set_result(CoreGroup(None, [0], 0, "singleton", hash64("singleton")))
             return single
@@ -457,13 +457,6 @@ def _make(
 
 def _failed(future: concurrent.futures.Future[CoreGroup]) -> bool:
     return future.done() and (future.cancelled() or future.exception() is not None)
-
-
-def _not_configured(backend: str) -> str:
-    return (
-        f"init(strict=True, backend={backend!r}): nothing configures a group; expected RT_RANK with RT_HOSTFILE, or RT_RANK, RT_WORLD_SIZE "
-        "and RT_COORDINATOR, or the keywords of the same names; `rt.launch -n 4 program` sets them"
-    )
 
 
 def current() -> CoreGroup | None:
