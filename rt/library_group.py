@@ -17,7 +17,7 @@ from rt import _fastpath, library_calls
 from rt.aio import BUDGET_BYTES, LoopDriver, Work
 from rt.errors import RTError
 from rt.group import Call, CoreGroup, InLibrary
-from rt.mpi_waiting import Driver, Request, patiently
+from rt.library_waiting import Driver, Request, patiently
 from rt.schedule import Collective
 
 if TYPE_CHECKING:

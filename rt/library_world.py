@@ -21,7 +21,7 @@ from rt.blame import Report
 from rt.errors import GroupBrokenError, MismatchError, ProtocolError
 from rt.group import CoreGroup
 from rt.library_group import LibraryGroup
-from rt.mpi_waiting import Requests, patiently
+from rt.library_waiting import Requests, patiently
 
 _PATIENCE_SECONDS = 0.5  # until an error of the library is taken for the cause of a failure: a death is heard of within that
 _LEAVE_SECONDS = 5.0

@@ -1,7 +1,7 @@
 """A group whose arrays travel by MPI.
 
 May live here: what a checked call becomes in flight there, in both front ends. May not: MPI's words (``transports.mpi``), how it is waited
-for (``mpi_waiting``), how the ranks meet (``mpi_world``).
+for (``library_waiting``), how the ranks meet (``mpi_world``).
 
 All that is not a collective or message of arrays is as in any group: control, failures, objects, splits. So the group has the ring's
 links, too. A call that blocks is MPI's blocking function, which is faster than a request and a wait, and which MPI does not match with
@@ -27,7 +27,7 @@ from rt.dtypes import HALF, ITEMSIZE, Op
 from rt.errors import GroupBrokenError, PeerLostError, RTError
 from rt.group import KNOWN_OPS, Call, CoreGroup, InLibrary, Ready
 from rt.library_group import P2P, LibraryGroup
-from rt.mpi_waiting import LOOP_BYTES, Request, Worker, patiently
+from rt.library_waiting import LOOP_BYTES, Request, Worker, patiently
 from rt.schedule import Collective
 from transports.mpi import ITEMS_MOST, Wording, message_pieces, travels
 

@@ -26,9 +26,9 @@ from rt import world as worlds
 from rt.bootstrap import HostInfo
 from rt.errors import ConfigError, RendezvousError
 from rt.group import CoreGroup, hash64
+from rt.library_waiting import patiently
 from rt.library_world import LibraryWorld
 from rt.mpi_group import LAST_WORDS_SECONDS, MpiGroup
-from rt.mpi_waiting import patiently
 from rt.secret import KEY_BYTES, Secret, resolve_secret
 from transports import mpi
 

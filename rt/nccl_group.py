@@ -27,7 +27,7 @@ from rt.dtypes import DType, Op
 from rt.errors import RTError
 from rt.group import KNOWN_OPS, Call, CoreGroup
 from rt.library_group import P2P, LibraryGroup
-from rt.mpi_waiting import Request, Worker
+from rt.library_waiting import Request, Worker
 from rt.schedule import Collective
 from transports import nccl
 

@@ -1,7 +1,7 @@
 """MPI through mpi4py: which library is loaded, and how a collective of ours is said in its words.
 
 May live here: finding and loading the library, its types and operators, the calls with their arguments. May not: groups, waiting, threads
-(``rt.mpi_group``, ``rt.mpi_waiting``), how the ranks meet (``rt.mpi_world``). Nothing of MPI is loaded before ``load``.
+(``rt.mpi_group``, ``rt.library_waiting``), how the ranks meet (``rt.mpi_world``). Nothing of MPI is loaded before ``load``.
 
 A call of ours becomes one of MPI and what is done before and after it (:class:`Exchange`). What MPI has no operator for is combined by
 our own kernels, as user-defined operators; halves are widened to float32 before they travel, so that they are rounded once.

@@ -1,12 +1,13 @@
-"""How calls of MPI are waited for: requests that are tested by a loop, by a thread, or by who blocks; and a thread for large calls.
+"""How calls of a library are waited for: requests that are tested by a loop, by a thread, or by who blocks; and a thread for large calls.
 
-May live here: everything that waits for MPI, and how little it costs. May not: what a call is (``transports.mpi``), groups
-(``rt.mpi_group``).
+May live here: everything that waits for MPI or NCCL, and how little it costs. May not: what a call is (``transports.mpi``,
+``transports.nccl``), groups (``rt.library_group``).
 
 MPI makes progress only inside its functions, tells nobody when something has ended, and its own waiting burns a core. So a **small**
-call is a request that a running loop tests once per turn, for a bounded time; who needs longer is tested by one thread of the process,
+call is a request that a running loop tests in each turn, for a bounded time; who needs longer is tested by one thread of the process,
 which sleeps in between, the longer the longer nothing has ended. A single test of a **large** call takes up to 70 ms, as long as the
-piece of work that it does: such calls are made by a thread of their group, blocking, once all ranks have come.
+piece of work that it does: such calls are made by a thread of their group, blocking, once all ranks have come. What NCCL has launched
+ends with an event of CUDA's, which is looked at in the same way.
 """
 
 from __future__ import annotations
