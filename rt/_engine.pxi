@@ -362,10 +362,11 @@ cdef class Engine:
     cdef bint rest(self) except -1:
         """Arm the descriptor before a sleep; True if there is something to do already."""
         cdef bint busy
-        if self.core.shared_count == 0:
+        if self.core.shared_count == 0 and not self.core.unfinished:
             return False
         self.lock()
-        busy = not self.closed and core_rest(&self.core)
+        # Who was told of the end of a work may have submitted the next one since the engine was asked, and its budget may have ended.
+        busy = not self.closed and (self.core.unfinished or core_rest(&self.core))
         self.unlock()
         return busy
 

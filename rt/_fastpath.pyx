@@ -447,6 +447,7 @@ cdef struct Core:
     bint closing
     bint any_goodbye
     bint alarmed             # a peer or this rank began to block: see whether they wait for each other
+    bint unfinished          # what moved last ended for want of budget: there may be more that no descriptor tells of
     WorkState *active_first
     WorkState *active_last
     int active_count

@@ -406,6 +406,7 @@ cdef int core_progress(Core *core, Py_ssize_t budget, bint look) noexcept nogil:
             ring_settle(core.links[i])
     if core.any_goodbye and core.active_first != NULL:
         check_goodbyes(core)
+    core.unfinished = moved
     if moved:
         return PROGRESS_BUDGET
     if core.alarmed and core.active_count == 1:

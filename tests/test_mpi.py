@@ -102,12 +102,7 @@ def named(suite: list[tuple[Callable[..., Any], int, tuple[Any, ...]]]) -> pytes
 @libraries
 @fronts
 @named(SUITE)
-def test_as_on_the_ring(
-    request: pytest.FixtureRequest, library: str, front: str, body: Callable[..., Any], size: int, args: tuple[Any, ...]
-) -> None:
-    if (library, front, body) == ("openmpi", "sync", test_objects.in_call_order):
-        why = "a known fault: about one run in ten hangs, both ranks asleep in all_gather_objects; not understood (docs/backends.md)"
-        request.applymarker(pytest.mark.xfail(reason=why, strict=False))
+def test_as_on_the_ring(library: str, front: str, body: Callable[..., Any], size: int, args: tuple[Any, ...]) -> None:
     results(size, body, library=library, front=front, args=args)
 
 

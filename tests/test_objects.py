@@ -11,6 +11,7 @@ import gc
 import os
 import pickle
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,23 @@ async def in_call_order(rt: Any, group: Any, ctl: ranks.Ctl, seed: int) -> None:
         dice.shuffle(calls)
         for expected, work, nbytes in calls:
             check_call(expected, await work, nbytes)
+
+
+async def beside_a_thread(rt: Any, group: Any, ctl: ranks.Ctl) -> int:
+    """Calls of several stages where a third thread exists, so that no rank wakes after a while to ask whether two wait for each other."""
+    ended = threading.Event()
+    threading.Thread(target=ended.wait).start()
+    nbytes = 0
+    for _ in range(100):
+        found = await rt.all_gather_objects(pattern(1 << 20, group.rank()))
+        nbytes += sum(each.nbytes for each in found)
+    ended.set()
+    return nbytes
+
+
+@fronts
+def test_stages_that_begin_when_others_end_go_on(front: str) -> None:
+    assert ranks.results(2, beside_a_thread, front=front) == [200 << 20] * 2
 
 
 def check_call(expected: Any, found: Any, nbytes: int) -> None:
