@@ -370,6 +370,7 @@ cdef struct Link:
     # Bytes go through rings in memory shared with the peer; the socket carries only wake-ups, and ends with the peer.
     bint shared
     bint asked               # the peer was told that this side sleeps
+    bint deaf                # what comes can not be taken, and need not be for now
     uint32_t owed            # bytes consumed since the writer was last looked at
     rt_ring tx
     rt_ring rx

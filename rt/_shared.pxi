@@ -119,9 +119,14 @@ cdef bint ring_receive(Core *core, Link *link) noexcept nogil:
     return moved
 
 
-cdef inline bint held_up(Link *link) noexcept nogil:
-    """Say whether the last frame of a link waits for other links: then it is not read on, whatever comes."""
-    return link.in_frame and link.left == 0
+cdef inline bint is_deaf(Core *core, Link *link) noexcept nogil:
+    """Say whether the last frame of a link waits for other links, and nobody for what may come behind it: then it is not read on.
+
+    Where somebody does, what comes is a reason to wake up: the frame is then set aside.
+    """
+    if not link.in_frame or link.left or link.target != TO_STREAM:
+        return False
+    return core.active_count < 2 or not others_wait(core, link, link.stream.work)
 
 
 cdef void ring_settle(Link *link) noexcept nogil:
@@ -143,10 +148,10 @@ cdef bint core_rest(Core *core) noexcept nogil:
         if not link.shared or link.rx_dead:
             continue
         if link.rdma != NULL:
-            if not rt_rdma_may_sleep(link.rdma, not held_up(link), link.frame_count and not link.tx_dead):
+            if not rt_rdma_may_sleep(link.rdma, not link.deaf, link.frame_count and not link.tx_dead):
                 return True
             continue
-        if not held_up(link):
+        if not link.deaf:
             link.asked = True
             if not rt_ring_reader_may_sleep(&link.rx):
                 return True
@@ -198,10 +203,10 @@ cdef int core_watch(Core *core, double until) noexcept nogil:
             for i in range(core.link_count):
                 link = core.links[i]
                 if link.rdma != NULL and not link.rx_dead:
-                    if rt_rdma_has_news(link.rdma, not held_up(link), link.frame_count and not link.tx_dead):
+                    if rt_rdma_has_news(link.rdma, not link.deaf, link.frame_count and not link.tx_dead):
                         return NEWS_IN_MEMORY
                 elif link.shared and not link.rx_dead and link.memory != NULL:
-                    if rt_ring_has_news(&link.rx) and not held_up(link):
+                    if rt_ring_has_news(&link.rx) and not link.deaf:
                         return NEWS_IN_MEMORY
                     if link.frame_count and rt_ring_has_room(&link.tx):
                         return NEWS_IN_MEMORY

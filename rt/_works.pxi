@@ -404,6 +404,7 @@ cdef int core_progress(Core *core, Py_ssize_t budget, bint look) noexcept nogil:
     if core.shared_count:
         for i in range(core.link_count):
             ring_settle(core.links[i])
+            core.links[i].deaf = is_deaf(core, core.links[i])
     if core.any_goodbye and core.active_first != NULL:
         check_goodbyes(core)
     core.unfinished = moved

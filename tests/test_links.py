@@ -13,13 +13,13 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rt import _fastpath, algorithms_move
+from rt import _fastpath, algorithms, algorithms_move
 from rt.dtypes import Op, code_of
 from transports import shm
 from transports.memory import MemoryLink, memory_pair
@@ -169,20 +169,25 @@ class Pair:
 
     def engine(self) -> _fastpath.Engine:
         rank = len(self.engines)
-        engine, events, end = _fastpath.Engine(), list[Any](), self.ends[rank]
+        engine, events = _fastpath.Engine(), list[Any]()
         engine.set_event_handler(events.extend)
-        if self.kind == "memory":
-            index = engine.add_link(1 - rank, end)
-            self.ends[1 - rank].wake_peer = lambda: engine.ready(index)
-        elif self.kind == "rdma":
-            engine.add_link(1 - rank, end, end.fd)
-        elif self.kind == "shm":
-            engine.add_shared(1 - rank, end, self.fd, 0, self.capacity, rank == 0)
-        else:
-            engine.add_socket(1 - rank, end)
+        self.join(rank, engine, 1 - rank)
         self.engines.append(engine)
         self.events.append(events)
         return engine
+
+    def join(self, which: int, engine: _fastpath.Engine, peer: int) -> None:
+        """Give one end of the link to an engine, as its link to the rank ``peer``."""
+        end = self.ends[which]
+        if self.kind == "memory":
+            index = engine.add_link(peer, end)
+            self.ends[1 - which].wake_peer = lambda: engine.ready(index)
+        elif self.kind == "rdma":
+            engine.add_link(peer, end, end.fd)
+        elif self.kind == "shm":
+            engine.add_shared(peer, end, self.fd, 0, self.capacity, which == 0)
+        else:
+            engine.add_socket(peer, end)
 
     def raw(self) -> Any:
         if self.kind == "shm":
@@ -191,18 +196,7 @@ class Pair:
         return kinds.get(self.kind, RawSocket)(self.ends[1])
 
     def drive(self, until: Callable[[], bool]) -> None:
-        """Sleep until an engine's descriptor says that it can go on, and let it; as any driver does."""
-        poll = select.poll()
-        engines = {engine.fileno(): engine for engine in self.engines}
-        for fd in engines:
-            poll.register(fd, select.POLLIN)
-        again = dict(engines)
-        while not until():
-            for fd in again or (ready := [fd for fd, _ in poll.poll(PATIENCE_MS)]):
-                engines[fd].progress(1 << 16)
-            if not again:
-                assert ready, "nobody was woken"
-            again = {fd: engine for fd, engine in engines.items() if engine.progress(1 << 16) == _fastpath.BUDGET}
+        drive(self.engines, until)
 
     def close(self) -> None:
         for engine in self.engines:
@@ -215,6 +209,21 @@ class Pair:
             self.device.close()
         if self.fd >= 0:
             os.close(self.fd)
+
+
+def drive(driven: list[_fastpath.Engine], until: Callable[[], bool]) -> None:
+    """Sleep until an engine's descriptor says that it can go on, and let it; as any driver does."""
+    poll = select.poll()
+    engines = {engine.fileno(): engine for engine in driven}
+    for fd in engines:
+        poll.register(fd, select.POLLIN)
+    again = dict(engines)
+    while not until():
+        for fd in again or (ready := [fd for fd, _ in poll.poll(PATIENCE_MS)]):
+            engines[fd].progress(1 << 16)
+        if not again:
+            assert ready, "nobody was woken"
+        again = {fd: engine for fd, engine in engines.items() if engine.progress(1 << 16) == _fastpath.BUDGET}
 
 
 def rdma_pair(ring_bytes: int) -> tuple[Device, list[RdmaLink]]:
@@ -244,13 +253,15 @@ def pair(kind: str) -> Iterator[Pair]:
         yield pair
 
 
-def transfer(engine: _fastpath.Engine, rank: int, data: np.ndarray[Any, Any], *, sends: bool, channel: int = 1) -> _fastpath.Work:
-    """Start to send ``data`` to the other of two ranks, or to receive it."""
+def transfer(
+    engine: _fastpath.Engine, rank: int, data: np.ndarray[Any, Any], *, sends: bool, channel: int = 1, ranks: tuple[int, int] = (0, 1)
+) -> _fastpath.Work:
+    """Start to send ``data`` to the other of two ranks, or to receive it; ``ranks`` says who they are in the world."""
     make = algorithms_move.send if sends else algorithms_move.recv
     program = _fastpath.Program(make(1 - rank, data.size, 1, 8), code_of(data.dtype), Op.SUM, [int(rank == 1), int(rank == 0)])
     work = _fastpath.Work()
     x, out = (data, None) if sends else (None, data)
-    engine.submit(work, program, 1, channel, bytes(64), [0, 1], 2, x, out, 1 << 16)
+    engine.submit(work, program, 1, channel, bytes(64), list(ranks), 2, x, out, 1 << 16)
     return work
 
 
@@ -397,6 +408,37 @@ def test_what_a_finished_call_leaves_undone_wakes_the_others(pair: Pair) -> None
     assert poll.poll(0)
     pair.drive(ended(*works, transfer(b, 1, late, sends=False, channel=2)))
     assert late[0] == 1 and (out == x).all()
+
+
+def test_what_comes_behind_a_frame_that_waits_wakes(kind: str) -> None:
+    """Rank 0 adds rank 2's numbers after those of rank 1, who makes the call only when rank 0 has heard from rank 2."""
+    with ExitStack() as stack:
+        engines = [_fastpath.Engine() for _ in range(3)]
+        for low, high in ((0, 1), (0, 2), (1, 2)):
+            pair = stack.enter_context(closing(Pair(kind)))
+            pair.join(0, engines[low], high)
+            pair.join(1, engines[high], low)
+        for engine in engines:
+            stack.callback(engine.close)
+        group, xs, outs = [1, 2, 0], [np.arange(100) + rank for rank in range(3)], [np.zeros(100, np.int64) for _ in range(3)]
+
+        def add(rank: int) -> _fastpath.Work:
+            work, schedule = _fastpath.Work(), algorithms.direct_all_reduce(group.index(rank), 3, 100)
+            program = _fastpath.Program(schedule, code_of(xs[0].dtype), Op.SUM, [int(other != rank) for other in group])
+            engines[rank].submit(work, program, 1, 1, bytes(64), group, 3, xs[rank], outs[rank], 1 << 16)
+            return work
+
+        late, note = np.zeros(1, np.int64), np.ones(1, np.int64)
+        works = [add(0), add(2), transfer(engines[0], 0, late, sends=False, channel=2, ranks=(0, 2))]
+        while any(select.select([engine.fileno() for engine in engines], [], [], 0)[0]):
+            for engine in engines:
+                while engine.progress(1 << 16) == _fastpath.BUDGET:
+                    pass
+        works.append(transfer(engines[2], 1, note, sends=True, channel=2, ranks=(0, 2)))
+        assert select.select([engines[0].fileno()], [], [], PATIENCE_MS / 1e3)[0], "nobody was woken"
+        drive(engines, ended(*works[2:]))
+        drive(engines, ended(*works, add(1)))
+        assert late[0] == 1 and all((out == sum(xs)).all() for out in outs)
 
 
 def test_closed_engine_refuses(pair: Pair) -> None:
