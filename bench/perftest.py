@@ -100,24 +100,26 @@ def run(program: str, nbytes: int) -> float:
     if port.gid_index >= 0:
         words += ["-x", str(port.gid_index)]
     words += ["--report_gbits"] if bandwidth else ["-e"] if program == "ib_send_lat" else []
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
-            said = _client([*words, "127.0.0.1"])
-            server.wait(_RUN_SECONDS)
+            said = _client([*words, "127.0.0.1"], server)
+            server_said = server.communicate(timeout=_RUN_SECONDS)[0]
         finally:
             server.kill()
     numbers = [line.split() for line in said.splitlines() if line.split()[:1] == [size]]
     if not numbers:
-        raise BenchError(f"{' '.join(words)}: found no line of {nbytes} bytes in what it said: {said[-500:]!r}")
+        told = f"its client said: {said[-500:]!r}, its server: {server_said[-500:]!r}"
+        raise BenchError(f"{' '.join(words)}: found no line of {nbytes} bytes in what {told}")
     return float(numbers[-1][3]) * 1e3 / 8 if bandwidth else float(numbers[-1][4])
 
 
-def _client(words: list[str]) -> str:
+def _client(words: list[str], server: subprocess.Popen[str]) -> str:
     """Run the client once the server listens, which that does not tell."""
     until = time.monotonic() + _START_SECONDS
     while True:
+        ended = server.poll() is not None  # asked first: one that serves a client ends with it
         done = subprocess.run(words, capture_output=True, text=True, timeout=_RUN_SECONDS)
-        if done.returncode == 0 or time.monotonic() > until:
+        if done.returncode == 0 or ended or time.monotonic() > until:
             return done.stdout if done.returncode == 0 else done.stdout + done.stderr
         time.sleep(0.1)
 

@@ -67,7 +67,14 @@ def test_bandwidths_and_latencies_are_held_against_their_own_kind(stand_in: Path
 
 def test_a_perftest_that_says_nothing_is_shown(stand_in: Path) -> None:
     (stand_in / "ib_write_bw").write_text("#!/bin/sh\necho no such device\n")
-    with pytest.raises(BenchError, match=r"ib_write_bw -d rxe0 .*found no line of 1048576 bytes in what it said: 'no such device"):
+    with pytest.raises(BenchError, match=r"ib_write_bw -d rxe0 .*found no line of 1048576 bytes in what its client said: 'no such device"):
+        perftest.run("ib_write_bw", 1 << 20)
+
+
+@pytest.mark.timeout(20)
+def test_a_server_that_ends_at_once_is_not_waited_for(stand_in: Path) -> None:
+    (stand_in / "ib_write_bw").write_text("#!/bin/sh\necho $# words\nexit 1\n")
+    with pytest.raises(BenchError, match=r"its client said: '15 words.*, its server: '14 words"):
         perftest.run("ib_write_bw", 1 << 20)
 
 
