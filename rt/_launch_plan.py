@@ -99,7 +99,7 @@ def told(options: Options, crewed: Sequence[Crew], grounds: Sequence[Ground], al
         if uses_ring_file(options):
             files["RT_HOSTFILE"] = ring
         else:
-            variables["RT_COORDINATOR"] = show_address(first, place[0][1].listening)
+            variables["RT_COORDINATOR"] = show_address(place[0][1].address, place[0][1].listening)
             if options.connections_per_ip > 1:
                 variables["RT_CONNECTIONS_PER_IP"] = str(options.connections_per_ip)
         if options.backend:

@@ -5,6 +5,7 @@ May live here: ranks that import ``rt`` and form a group. May not: what can be s
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -117,3 +118,11 @@ def test_a_dry_run_starts_nothing(script: Path, tmp_path: Path) -> None:
     done = launch("-n", "3", "--dry-run", "--log-dir", str(tmp_path / "logs"), str(script))
     assert (done.returncode, len(re.findall(f"^env .* -u {script}$", done.stdout, re.MULTILINE))) == (0, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
+def test_ranks_of_this_host_meet_whatever_addresses_its_hostfile_has(tmp_path: Path) -> None:
+    hosts = [{"ssh": "localhost", "ips": ["127.0.0.2"]}, {"ssh": "127.0.0.1", "ips": ["127.0.0.3"]}]
+    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+    (tmp_path / "hello.py").write_text(HELLO)
+    done = launch("--hostfile", str(tmp_path / "hosts.json"), str(tmp_path / "hello.py"), COLOR="red")
+    assert (done.returncode, sorted(line[:7] for line in done.stdout.splitlines())) == (0, ["[0] 3.0", "[1] 3.0"]), done.stderr
