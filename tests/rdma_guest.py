@@ -31,7 +31,7 @@ DEBIAN = (  # `make test-rdma` installs them
 ).split()
 SECONDS = 600
 SUITE = (
-    "python -m pytest -q -p no:cacheprovider -o junit_family=xunit1 --timeout 120 --durations 8 -k rdma "
+    "python -m pytest -q -p no:cacheprovider -o junit_family=xunit1 --timeout 120 -o faulthandler_timeout=280 --durations 8 -k rdma "
     "tests/test_links.py tests/rdma_suite.py --junitxml=$OUT/junit.xml"
 )
 _PYVERBS = Path("/usr/lib/python3/dist-packages/pyverbs")  # for Debian's Python, whose extensions any other of its version loads
