@@ -7,7 +7,7 @@ travel together (``fused``), waiting.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +16,12 @@ from rt.aio import Work
 from rt.dtypes import INEXACT, Op, code_of
 from rt.group import CoreGroup
 
+if TYPE_CHECKING:
+    import optree
+
 BUCKET_BYTES = 32 * 1024**2
 _WHAT = "average_gradients"
+_NOTHING = np.empty(0, np.float32)
 
 
 def averaging(bucket_bytes: int, communication_type: Any) -> Callable[[CoreGroup, Any, Any], Work]:
@@ -33,24 +37,22 @@ def average(group: CoreGroup, tree: Any, bucket_bytes: int, communication_type: 
         return work
     from rt import fused
 
-    leaves, rebuild = _flatten(tree)
+    leaves, rebuild, structure = _flatten(tree)
     wire = None if communication_type is None else np.dtype(arrays.dtype_of(communication_type))
     if wire is not None and code_of(wire) not in INEXACT:
         raise TypeError(f"{_WHAT}: communication_type must be floating or complex, not {wire}")
     if group.takes_devices and any(group.on_device(leaf, _WHAT) is not None for leaf in leaves):
         return _on_device(group, leaves, wire, rebuild)
-    given = fused.views(leaves, _WHAT, numbers=True)
-    layout = fused.layout_of(given, wire, bucket_bytes, None)
+    # A tree without leaves is a call as any other, to be compared with those of the other ranks.
+    given = fused.views(leaves or [_NOTHING], _WHAT, numbers=True)
+    layout = fused.layout_of(given, wire, bucket_bytes, None, structure)
     for code in layout.codes:
         if code not in INEXACT:
             raise TypeError(f"{_WHAT}: gradients must be floating or complex, found {code.name.lower()}")
         if wire is not None and code.name.startswith("COMPLEX") and wire.kind != "c":
             raise TypeError(f"{_WHAT}: communication_type {wire} cannot carry the {code.name.lower()} of a gradient")
     works = fused.start(group, layout, given.items, Op.MEAN, _WHAT)
-    if not works:
-        work.finish(rebuild([]))
-        return work
-    return fused.hold(works, f"{len(leaves)} arrays", lambda results: rebuild(given.hand_out(layout.cut(results))))
+    return fused.hold(works, f"{len(leaves)} arrays", lambda results: rebuild(given.hand_out(layout.cut(results))[: len(leaves)]))
 
 
 def _on_device(group: CoreGroup, leaves: list[Any], wire: np.dtype[Any] | None, rebuild: Callable[[list[Any]], Any]) -> Work:
@@ -66,12 +68,12 @@ def _on_device(group: CoreGroup, leaves: list[Any], wire: np.dtype[Any] | None, 
     return fused.each(group, [leaf.astype(wire) for leaf in leaves], Op.MEAN, None, _WHAT, back)
 
 
-def _flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Return the leaves of a tree, and what makes a tree of the same structure of others."""
+def _flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], optree.PyTreeSpec | None]:
+    """Return the leaves of a tree, what makes a tree of the same structure of others, and the structure; None: a list of leaves."""
     # A plain list of plain arrays is its own leaves; optree would take as long as all the rest of the call.
     if type(tree) in (list, tuple) and tree and _fastpath.forms_key(list(tree)) is not None:
-        return list(tree), type(tree)
+        return list(tree), type(tree), None
     import optree  # here, not above: importing it costs more than the rest of rt
 
     leaves, structure = optree.tree_flatten(tree)
-    return leaves, lambda results: optree.tree_unflatten(structure, results)
+    return leaves, lambda results: optree.tree_unflatten(structure, results), structure

@@ -371,7 +371,7 @@ def explain_signature(signature: bytes, role: int | None = None) -> str:
         parts += [f"root {root}"] if kind in _ROOTED else []
         parts += [f"counts {tag:016x} (a hash)"] if kind in _COUNTED else []
         parts += [f"tag {tag - 2**64 if tag >= 2**63 else tag}"] if kind == Collective.SEND else []
-        parts += [f"of a list of the form {tag:x}"] if kind == Collective.ALL_REDUCE and tag else []
+        parts += [f"of a list whose dtypes, shapes and names have the hash {tag:016x}"] if kind == Collective.ALL_REDUCE and tag else []
     except ValueError:
         return "a call of another version of rt"
     return " ".join(parts)

@@ -230,7 +230,8 @@ def zeros(*shapes: Any) -> list[Array]:
 def test_other_lists_are_found_out(front: str, one: Any, other: Any) -> None:
     for outcome in run(2, mismatch, front=front, args=(one, other)):
         assert outcome.error is not None and outcome.error.kind == "MismatchError", outcome
-        assert "all_reduce #0" in outcome.error.text and "of a list of the form" in outcome.error.text, outcome.error.text
+        text = outcome.error.text
+        assert "all_reduce #0" in text and "of a list whose dtypes, shapes and names have the hash" in text, text
 
 
 async def in_flight(rt: Any, group: Any, ctl: Any) -> None:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import optree
 import pytest
-from ranks import FRONTS, results
+from ranks import FRONTS, results, run
 
 import rt
 import rt.sync
@@ -129,7 +130,7 @@ async def trees(rt: Any, group: Any, ctl: Any) -> None:
     empty: Any
     for empty in ({}, [], None, {"a": ()}):
         assert await rt.average_gradients(empty) == empty
-    assert counting.take() == []
+    assert counting.take() == [("float32", 0)] * 4, "compared with what the others pass"
     odd = leaf((4, 6), me)[::2, ::-1]
     same((await rt.average_gradients([odd]))[0], mean((4, 6), size)[::2, ::-1], "not contiguous")
     same(await rt.average_gradients(leaf(7, me)), mean(7, size), "a leaf is a tree")
@@ -143,6 +144,41 @@ async def trees(rt: Any, group: Any, ctl: Any) -> None:
 @fronts
 def test_trees(front: str) -> None:
     results(2, trees, front=front)
+
+
+async def disagreement(rt: Any, group: Any, ctl: Any, one: Any, other: Any) -> None:
+    await rt.average_gradients((one, other)[group.rank()])
+
+
+@fronts
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"bias": leaf(2, 0), "zeta": leaf(2, 0)}, {"alpha": leaf(2, 0), "bias": leaf(2, 0)}),
+        ({"a": [leaf(2, 0)]}, {"a": {"b": leaf(2, 0)}}),
+        ([leaf(2, 0)], {"a": leaf(2, 0)}),
+        ({}, {"a": leaf(2, 0)}),
+    ],
+    ids=["other names", "deeper", "none", "empty"],
+)
+def test_leaves_of_other_names_are_found_out(front: str, one: Any, other: Any) -> None:
+    for outcome in run(2, disagreement, front=front, args=(one, other)):
+        assert outcome.error is not None and outcome.error.kind == "MismatchError", outcome
+        assert "dtypes, shapes and names" in outcome.error.text, outcome.error.text
+
+
+async def agreement(rt: Any, group: Any, ctl: Any) -> None:
+    """Names are what counts: not the order, the kind of a list, or keys that are objects, which read otherwise on each rank."""
+    me, size = group.rank(), group.size()
+    x, y, key = leaf(2, me), leaf(3, me), object()
+    for one, other in (({"a": x, "b": y}, {"b": y, "a": x}), ([x, (y,)], (x, [y])), ({key: x}, {key: x}), ([x, y], (x, y))):
+        found: Any = await rt.average_gradients((one, other)[me])
+        optree.tree_map(lambda each: same(each, mean(each.shape, size)), found)
+
+
+@fronts
+def test_equal_names_are_enough(front: str) -> None:
+    results(2, agreement, front=front)
 
 
 async def ownership(rt: Any, group: Any, ctl: Any) -> None:
