@@ -349,7 +349,15 @@ class CoreGroup:
     def _told(self, work: Work, later: bool, text: str) -> str:
         """Return the message of a failure for a work that it ended, or for a ``later`` call, which has no number and is not to blame."""
         about = f"{work.what} ({work.about}): the group failed earlier" if later else work.describe() if work.what else f"group {self.name}"
-        return f"rank {self.rank}/{self.size}: {about}: {text}"
+        where = f" of {self.name}" if self.name != "world" else ""
+        return f"rank {self.rank}/{self.size}{where}: {about}: {text}"
+
+
+WAITING_ALIKE = (  # what is said of two ranks that wait for each other in calls of the same words, by their role (_deadlock.pxi)
+    ", and both send: let one of them receive first, or use sendrecv",
+    ", and neither sends",
+    ", in two groups: the calls of several groups belong in one order on all ranks",
+)
 
 
 def explain_signature(signature: bytes, role: int | None = None) -> str:

@@ -34,7 +34,7 @@ from rt.errors import (
     ProtocolError,
     RTError,
 )
-from rt.group import CoreGroup, explain_signature, hash64
+from rt.group import WAITING_ALIKE, CoreGroup, explain_signature, hash64
 from transports.relay import carriers
 
 if TYPE_CHECKING:
@@ -185,6 +185,8 @@ class World:
         """Return this world's driver in ``loop``, attached now if it is new."""
         driver = self.drivers.get(loop)
         if driver is None:
+            for gone in [each for each in list(self.drivers) if each.is_closed()]:
+                self.drivers.pop(gone).detach()
             driver = self.drivers[loop] = LoopDriver(loop, self.engine, self.spin)
         return driver
 
@@ -221,8 +223,9 @@ class World:
         sides = sorted([(self.rank, own), (peer, explain_signature(theirs, their_role))])
         numbers = {rank: group.ranks.index(rank) if group is not None and rank in group.ranks else rank for rank, _ in sides}
         text = "ranks disagree: " + ", but ".join(f"rank {numbers[rank]} called {said}" for rank, said in sides)
-        text += "; each waits for the other" if roles else ""
-        text += "; they choose algorithms by different tables, links or lanes" if sides[0][1] == sides[1][1] else ""
+        alike = sides[0][1] == sides[1][1]
+        text += "; each waits for the other" + WAITING_ALIKE[my_role] * alike if my_role is not None else ""
+        text += "; they choose algorithms by different tables, links or lanes" if alike and my_role is None else ""
         return Report("mismatch", identity, sequence, sides[1][0], "", text)
 
     def _report(self, report: Report) -> None:
@@ -236,8 +239,8 @@ class World:
         if work.state != _fastpath.FLYING:
             return
         waited = absent or late
-        text = f"not done {seconds:g} s after rank {self.rank} called; it waits for rank{'s' if len(waited) > 1 else ''} "
-        text += (", ".join(map(str, waited)) or "none") + (", which did not call" if absent else "")
+        text = f"not done {seconds:g} s after rank {work.group.rank} called; it waits for rank{'s' if len(waited) > 1 else ''} "
+        text += (", ".join(str(work.group.ranks.index(r)) for r in waited) or "none") + (", which did not call" if absent else "")
         # Who called and is late may itself wait for another: blame needs a single one.
         culprit = absent[0] if absent else late[0] if len(late) == 1 else -1
         self._report(Report("timeout", work.group.identity, work.sequence, culprit, work.describe(), text))
