@@ -118,12 +118,31 @@ class Message:
 
 
 class Order:
-    """One stream of calls whose bodies share channels: what decides which call goes on."""
+    """One stream of calls whose bodies share channels: what decides which call goes on.
+
+    Works end in any thread, and where one is submitted, which is with the lock, works of other orders may end. Who is told of that must not
+    wait for their lock: two threads could wait for each other's. So ends are noted, and whoever lets go of the lock looks at the notes.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # works end in any thread; held while works are submitted
+        self.lock = threading.RLock()
         self.calls: deque[ObjectWork] = deque()
+        self._ended: deque[ObjectWork] = deque()  # a call for each of its works that has ended
         self._turning = False
+
+    def note(self, call: ObjectWork) -> None:
+        """A work of this call has ended. From any thread, whatever locks it holds."""
+        self._ended.append(call)
+        self.look()
+
+    def look(self) -> None:
+        """Go on with calls whose works have ended. If another thread has the lock, it will look when it has let it go."""
+        while self._ended and self.lock.acquire(blocking=False):
+            try:
+                while self._ended:
+                    self._ended.popleft().one_ended()
+            finally:
+                self.lock.release()
 
     def turn(self) -> None:
         """Move the first call on as far as it goes, and then the next."""
@@ -156,13 +175,16 @@ class ObjectWork(Work):
 
     def begin(self, stages: Stages) -> ObjectWork:
         """Submit the header; raises what that raises."""
-        with self._order.lock:
-            self._stages = stages
-            works = next(stages)
-            self._header = works[0]
-            self._order.calls.append(self)
-            self._watch(works)
-            self._order.turn()
+        try:
+            with self._order.lock:
+                self._stages = stages
+                works = next(stages)
+                self._header = works[0]
+                self._order.calls.append(self)
+                self._watch(works)
+                self._order.turn()
+        finally:
+            self._order.look()
         return self
 
     def advance(self) -> bool:
@@ -192,16 +214,19 @@ class ObjectWork(Work):
         self._works = works
         self.left = len(works)
         for work in works:
-            if not work.add_waiter(self._one_ended):
+            if not work.add_waiter(self._note):
                 self.left -= 1
 
-    def _one_ended(self) -> None:
-        with self._order.lock:
-            self.left -= 1
-            if self._released:
-                self._end()
-            else:
-                self._order.turn()
+    def _note(self) -> None:
+        self._order.note(self)
+
+    def one_ended(self) -> None:
+        """Go on without one of the works. With the order's lock."""
+        self.left -= 1
+        if self._released:
+            self._end()
+        else:
+            self._order.turn()
 
     def _end(self) -> None:
         if self.left == 0 and self.state == _fastpath.FLYING and not self._failed():
@@ -252,6 +277,7 @@ class ObjectWork(Work):
                 for work in self._works:
                     if work.source is buffer:
                         _fastpath.move_memory(self.group.engine, work, buffer, private, False)
+            self._order.look()
 
 
 # -- the calls --------------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import ranks
 from hosts import ranks_on, ring_as_mlx_writes_it, ring_file
 
 import rt.sync
+from rt import objects
+from rt.aio import Work
 from rt.objects import HEADER_BYTES, OUT_OF_BAND_BYTES, Message
 
 fronts = pytest.mark.parametrize("front", ranks.FRONTS)
@@ -132,6 +135,7 @@ def test_large_objects_arrive(front: str) -> None:
 
 async def many_buffers(rt: Any, group: Any, ctl: ranks.Ctl, count: int) -> None:
     """More buffers than the header has room for sizes."""
+
     def arrays(seed: int) -> list[Array]:
         return [np.full(OUT_OF_BAND_BYTES + i % 3, (i + seed) % 251, np.uint8) for i in range(count)]
 
@@ -266,6 +270,34 @@ async def beside_a_thread(rt: Any, group: Any, ctl: ranks.Ctl) -> int:
 @fronts
 def test_stages_that_begin_when_others_end_go_on(front: str) -> None:
     assert ranks.results(2, beside_a_thread, front=front) == [200 << 20] * 2
+
+
+def test_two_orders_that_end_each_others_works_do_not_wait_for_each_other() -> None:
+    """Where one submits, works of the other end, and the other way round."""
+    group, met = types.SimpleNamespace(world=None, engine=None, failure=None), threading.Barrier(2)
+    orders, flying = [objects.Order(), objects.Order()], [Work(group), Work(group)]  # type: ignore[arg-type]
+
+    def under_way(work: Work) -> objects.Stages:
+        header = Work(group)  # type: ignore[arg-type]
+        header.finish(None)
+        yield [header]
+        return [work], lambda: None
+
+    def submitting(other: Work) -> objects.Stages:
+        met.wait(20)
+        other.finish(None)
+        return (yield from under_way(other))
+
+    def begin(which: int, stages: objects.Stages) -> Work:
+        return objects.ObjectWork(group, "x", orders[which], None).begin(stages)  # type: ignore[arg-type]
+
+    works = [begin(which, under_way(flying[which])) for which in range(2)]
+    threads = [threading.Thread(target=begin, args=(which, submitting(flying[1 - which])), daemon=True) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads) and all(work.done() for work in works)
 
 
 def check_call(expected: Any, found: Any, nbytes: int) -> None:
