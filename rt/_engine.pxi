@@ -48,6 +48,7 @@ cdef class Engine:
     cdef object on_events        # called with a list of events, without the lock
     cdef readonly bint closed
     cdef readonly int watching   # threads that poll rings without the lock; changes under the GIL
+    cdef public int sleepers     # threads that sleep on the descriptor, and loops that may; changes under the GIL
     cdef bint orphan             # in a forked child: nothing here may be believed
     cdef object __weakref__
 
@@ -332,8 +333,10 @@ cdef class Engine:
             handle.sequence = work.sequence
             status = core_progress(&self.core, budget, self.core.link_count > self.core.shared_count)
         self._after()
-        if handle.state != STATE_FLYING and (status == PROGRESS_BUDGET or self.core.active_count and self.rest()):
-            self.wake()                         # the caller is served and may not come back, but others may wait for the rest
+        # The caller is served and may not come back, or not soon, but others may wait for the rest.
+        if handle.state != STATE_FLYING or self.sleepers > 1:
+            if status == PROGRESS_BUDGET or self.core.active_count and self.rest():
+                self.wake()
         return status
 
     def progress(self, Py_ssize_t budget):
@@ -402,6 +405,7 @@ cdef class Engine:
         if events is not None and self.on_events is not None:
             interrupt = call_out(self.on_events, events) or interrupt
         if interrupt is not None:
+            self.wake()                             # who asked for progress will not look after the rest
             raise interrupt
         return 0
 

@@ -96,18 +96,19 @@ cdef bint drain_scratch(Core *core, Link *link) noexcept nogil:
     """Apply what lies in the scratch; True if anything moved."""
     cdef StreamState *state = link.stream
     cdef Py_ssize_t used
+    cdef bint moved = False
     if link.scratch_len == 0 or link.target != TO_STREAM:
         return False
     if state.stash != NULL:
-        drain_stash(core, state)
+        moved = drain_stash(core, state)
         if state.stash != NULL:
-            return False
+            return moved
     used = apply_bytes(core, state, link.scratch + link.scratch_pos, link.scratch_len)
     link.scratch_pos += <uint32_t>used
     link.scratch_len -= <uint32_t>used
     if link.scratch_len == 0:
         link.scratch_pos = 0
-    return used > 0
+    return moved or used > 0
 
 
 cdef Py_ssize_t land_room(Link *link) noexcept nogil:
@@ -255,10 +256,11 @@ cdef bint set_aside(Core *core, Link *link) noexcept nogil:
 
 
 cdef inline bint more_behind(Link *link) noexcept nogil:
+    # The end of the peer is news, too.
     if link.rdma != NULL:
-        return rt_rdma_held(link.rdma) > 0
+        return rt_rdma_held(link.rdma) > 0 or rt_rdma_over(link.rdma)
     if link.shared:
-        return rt_ring_held(&link.rx) > 0
+        return rt_ring_held(&link.rx) > 0 or link.hangup
     return link.readable or link.stage_pos < link.stage_len
 
 

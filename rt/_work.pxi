@@ -63,10 +63,11 @@ cdef class Work:
 
     def add_waiter(self, waiter):
         """Have ``waiter()`` called, by whatever thread makes the progress, when the work ends; False if it has ended."""
+        cdef list fresh = []                        # may run the collector, hence anything: the state is asked afterwards
         if self.state != STATE_FLYING:
             return False
         if self.waiters is None:
-            self.waiters = []
+            self.waiters = fresh
             if self.since == 0:
                 self.since = rt_now()
         self.waiters.append(waiter)
@@ -228,7 +229,11 @@ def turn(Engine engine not None, Py_ssize_t budget, double spin):
             found = engine.give_way()
             if found:
                 status = engine.advance(budget, found != NEWS_IN_MEMORY)
-    return PROGRESS_BUDGET if status == PROGRESS_BLOCKED and engine.rest() else status
+    if status == PROGRESS_BLOCKED and engine.rest():
+        status = PROGRESS_BUDGET
+    if status == PROGRESS_BUDGET and engine.sleepers > 1:
+        engine.wake()                           # the loop will turn again, but when, and whether at all, is its own affair
+    return status
 
 
 cdef enum:
@@ -285,8 +290,10 @@ def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None,
                 alone = None
             if alone is not None and (rest < 0 or rest > 1e-3 * BLOCKED_MILLISECONDS):
                 rest = 1e-3 * BLOCKED_MILLISECONDS
+            engine.sleepers += 1
             with nogil:
                 slept = rt_poll_sleep(engine.core.poll_set, sleeper.fds[0], rest)
+            engine.sleepers -= 1
             if slept < 0:
                 PyErr_CheckSignals()
             elif slept == 0 and alone is not None:

@@ -7,7 +7,6 @@ May live here: everything that touches an event loop. May not: what a collective
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
@@ -31,13 +30,13 @@ class LoopDriver:
     def __init__(self, loop: asyncio.AbstractEventLoop, engine: _fastpath.Engine, spin_seconds: float) -> None:
         self._spin_seconds = spin_seconds
         self.loop = loop
-        self.thread = threading.get_ident()
         self.turned = time.monotonic()
         self.engine = engine
         self._scheduled = False  # a turn was asked of the loop
         self._due = False  # and is still needed
         self._fd = engine.fileno()
         loop.add_reader(self._fd, self._readable)
+        engine.sleepers += 1
 
     def _readable(self) -> None:
         # Not while a turn is scheduled: it would schedule a second one, and with every event the loop would do more turns at a time.
@@ -76,18 +75,25 @@ class LoopDriver:
             if not future.done():
                 future.set_result(None)
 
-        def tell() -> None:
-            if threading.get_ident() == self.thread:
-                end()
-            elif not self.loop.is_closed():
-                self.loop.call_soon_threadsafe(end)
-
-        return tell
+        return within(self.loop, end)
 
     def detach(self) -> None:
         """Stop watching; in the loop's own thread, or after the loop has closed."""
+        self.engine.sleepers -= 1
         if not self.loop.is_closed():
             self.loop.remove_reader(self._fd)
+
+
+def within(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> Callable[[], None]:
+    """Return what has ``call()`` made by the loop, from any thread. At once, if that is the loop's; which that is may change."""
+
+    def tell() -> None:
+        if asyncio._get_running_loop() is loop:
+            call()
+        elif not loop.is_closed():
+            loop.call_soon_threadsafe(call)
+
+    return tell
 
 
 class Work(_fastpath.Work):
@@ -144,7 +150,7 @@ class Work(_fastpath.Work):
             return
         (seconds, deadline), self._limit = self._limit, None
         timer = loop.call_later(max(0.0, deadline - time.monotonic()), world.timed_out, self, seconds)
-        self.add_waiter(timer.cancel)
+        self.add_waiter(within(loop, timer.cancel))
 
     def done(self) -> bool:
         """Say whether the collective has ended, well or badly."""

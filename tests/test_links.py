@@ -431,14 +431,39 @@ def test_what_comes_behind_a_frame_that_waits_wakes(kind: str) -> None:
         late, note = np.zeros(1, np.int64), np.ones(1, np.int64)
         works = [add(0), add(2), transfer(engines[0], 0, late, sends=False, channel=2, ranks=(0, 2))]
         while any(select.select([engine.fileno() for engine in engines], [], [], 0)[0]):
-            for engine in engines:
-                while engine.progress(1 << 16) == _fastpath.BUDGET:
-                    pass
+            while any([engine.progress(1 << 16) == _fastpath.BUDGET for engine in engines]):
+                pass
         works.append(transfer(engines[2], 1, note, sends=True, channel=2, ranks=(0, 2)))
         assert select.select([engines[0].fileno()], [], [], PATIENCE_MS / 1e3)[0], "nobody was woken"
         drive(engines, ended(*works[2:]))
         drive(engines, ended(*works, add(1)))
         assert late[0] == 1 and all((out == sum(xs)).all() for out in outs)
+
+
+def test_what_a_turn_leaves_undone_wakes_others_who_sleep(pair: Pair) -> None:
+    a, b = pair.engine(), pair.engine()
+    a.sleepers = 2  # a thread, and the driver of a loop, which turns again, but may compute for long before, or end
+    x, out = np.arange(BIG), np.zeros(BIG, np.int64)
+    works = [transfer(a, 0, out, sends=False), transfer(b, 1, x, sends=True)]
+    while b.progress(1 << 20) == _fastpath.BUDGET:
+        pass
+    assert _fastpath.turn(a, 1 << 10, 0.0) == _fastpath.BUDGET
+    assert select.select([a.fileno()], [], [], PATIENCE_MS / 1e3)[0], "nobody was woken"
+    pair.drive(ended(*works))
+    assert (out == x).all()
+
+
+def test_a_submit_does_not_take_away_what_wakes_others_who_sleep(pair: Pair) -> None:
+    a, b = pair.engine(), pair.engine()
+    a.sleepers, out, other = 2, np.zeros(10, np.int64), np.zeros(10, np.int64)
+    works = [transfer(a, 0, out, sends=False)]
+    while a.progress(1 << 20) == _fastpath.BUDGET or select.select([a.fileno()], [], [], 0)[0]:
+        pass
+    late = transfer(a, 0, other, sends=False, channel=2)
+    works.append(transfer(b, 1, np.arange(10), sends=True))
+    assert select.select([a.fileno()], [], [], PATIENCE_MS / 1e3)[0], "nobody was woken"
+    pair.drive(ended(*works, late, transfer(b, 1, np.arange(10), sends=True, channel=2)))
+    assert (out == other).all() and out[9] == 9
 
 
 def test_closed_engine_refuses(pair: Pair) -> None:
