@@ -76,6 +76,8 @@ class _Awaitable(Api[Awaitable[Any]]):
             check_common(timeout, key)
         core = core_of(group) if group is not None else ready_core()
         if core is None:
+            if asyncio._get_running_loop() is None:
+                raise RuntimeError("no event loop is running, so nobody would make this call: in a script without one use rt.sync")
             return Deferred(lambda formed, x, out: _start(formed, start, x, out, timeout, stream), x, out, world.start())
         return _start(core, start, x, out, timeout, stream)
 

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launching import PATIENCE, Terminal, environment, last_line, launch, launcher, read_until, running
+from launching import PATIENCE, Terminal, environment, last_line, launch, launch_source, launcher, read_until, running
 
 DEBUGGED = """
 import rt.sync
@@ -126,3 +126,8 @@ def test_ranks_of_this_host_meet_whatever_addresses_its_hostfile_has(tmp_path: P
     (tmp_path / "hello.py").write_text(HELLO)
     done = launch("--hostfile", str(tmp_path / "hosts.json"), str(tmp_path / "hello.py"), COLOR="red")
     assert (done.returncode, sorted(line[:7] for line in done.stdout.splitlines())) == (0, ["[0] 3.0", "[1] 3.0"]), done.stderr
+
+
+def test_a_script_without_a_loop_is_told_to_use_the_blocking_calls(script: Path) -> None:
+    done = launch_source(script, "import numpy, rt\nrt.all_sum(numpy.ones(2))\n")
+    assert done.returncode == 1 and "RuntimeError: no event loop is running" in done.stderr and "use rt.sync" in done.stderr
