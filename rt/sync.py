@@ -255,6 +255,10 @@ def average_gradients(
         communication_stream: must be None on this backend.
 
     In a group of one the very same tree is returned.
+
+    Raises:
+        MismatchError: leaves have other names (keys, attributes, places in lists), shapes or dtypes on another rank.
+        TypeError: a leaf is no floating or complex array.
     """
     start = averaging(all_reduce_size, communication_type)
     return _api._run(group, start, gradients, None, None, communication_stream, None)
