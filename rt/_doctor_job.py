@@ -158,10 +158,10 @@ def _blame(report: JobReport, roots: set[int], waits: dict[int, set[int]]) -> st
     first, call = max(concerned, key=lambda pair: pair[1]["seconds"] or 0.0)
     culprits = [rank for rank in call["absent"] if rank in roots]
     if culprits:
-        did = f"{_ranks(culprits)} {_have(culprits)} not called {call['what']}"
+        did = f"{_ranks(culprits)} {_have(culprits)} not called {_called(call)}"
     else:
         culprits = [rank for rank in call["late"] if rank in roots]
-        did = f"{_ranks(culprits)} {_have(culprits)} called {call['what']} and {'owes' if len(culprits) == 1 else 'owe'} data"
+        did = f"{_ranks(culprits)} {_have(culprits)} called {_called(call)} and {'owes' if len(culprits) == 1 else 'owe'} data"
     states = [f"rank {rank} {state}" for rank in culprits if (state := _state(report, rank))]
     behind = set(culprits)
     while more := {rank for rank, others in waits.items() if others & behind} - behind:
@@ -182,10 +182,10 @@ def _state(report: JobReport, rank: int) -> str:
 
 def _crosswise(report: JobReport, waits: dict[int, set[int]]) -> str:
     everyone = sorted(waits)
-    whats = {call["what"] for rank in everyone for call in _calls(report, rank)}
-    if len(whats) == 1:
-        return f"{_ranks(everyone)} are all in {whats.pop()}: its data is on the way; ask again to see whether it moves"
-    each = "; ".join(f"rank {rank} in {_calls(report, rank)[0]['what']} for {_ranks(sorted(waits[rank]))}" for rank in everyone)
+    calls = [call for rank in everyone for call in _calls(report, rank)]
+    if len({(call["group"], call["what"]) for call in calls}) == 1 and not any(call["absent"] for call in calls):
+        return f"{_ranks(everyone)} are all in {_called(calls[0])}: its data is on the way; ask again to see whether it moves"
+    each = "; ".join(f"rank {rank} in {_called(_calls(report, rank)[0])} for {_ranks(sorted(waits[rank]))}" for rank in everyone)
     return f"ranks wait for each other in different calls: {each}"
 
 
@@ -200,6 +200,11 @@ def _forming(report: JobReport) -> str:
 def _calls(report: JobReport, rank: int) -> list[Facts]:
     facts = report.ranks[rank]
     return list(facts["calls"]) if facts is not None else []
+
+
+def _called(call: Facts) -> str:
+    """``all_sum #0 (float32, 4 B)``, and of which group, if it is not the world's."""
+    return call["what"] if call["name"] == "world" else f"{call['what']} of {call['name']}"
 
 
 def _waits_for(facts: Facts) -> set[int]:
@@ -260,6 +265,6 @@ def _rows(report: JobReport, rank: int) -> list[list[str]]:
         since = f"{call['seconds']:.1f} s" if call["seconds"] is not None else "not awaited"
         absent = f"{_ranks(call['absent'])} to call" if call["absent"] else ""
         late = f"data of {_ranks(call['late'])}" if call["late"] else ""
-        rows.append([*head, call["what"], since, "; ".join(filter(None, (absent, late))), facts["at"]])
+        rows.append([*head, _called(call), since, "; ".join(filter(None, (absent, late))), facts["at"]])
         head = ["", "", ""]
     return rows
