@@ -47,7 +47,7 @@ async def later_calls(group: Any) -> list[tuple[str, int | None, float]]:
         with pytest.raises(GroupBrokenError) as caught:
             await call()
         found.append((type(caught.value).__name__, caught.value.culprit, time.monotonic() - began))
-        assert re.match(r"rank \d+/\d+: \w+ \([^)]*\): the group failed earlier: ", str(caught.value)), "not this call's fault"
+        assert re.match(r"rank \d+/\d+( of [^:]+)?: \w+ \([^)]*\): the group failed earlier: ", str(caught.value)), "not this call's fault"
     return found
 
 

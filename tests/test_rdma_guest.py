@@ -5,6 +5,7 @@ May live here: booting the guest once and reporting what it found. May not: test
 
 from __future__ import annotations
 
+import faulthandler
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -22,6 +23,7 @@ WHY_NOT = rdma_guest.missing()
 @pytest.mark.timeout(rdma_guest.SECONDS + 20)
 @pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "it can run")
 def test_the_suite_in_the_guest(tmp_path: Path) -> None:
+    faulthandler.cancel_dump_traceback_later()  # it takes minutes, and says itself what hangs in it
     status, output = rdma_guest.boot(rdma_guest.SUITE, tmp_path)
     assert (tmp_path / "junit.xml").exists(), output[-20_000:]
     found = ElementTree.parse(tmp_path / "junit.xml").getroot()[0].attrib
