@@ -32,6 +32,7 @@ async def report_and_wait(ctl: ranks.Ctl, how: str) -> Any:
     part = await group.split(0 if group.rank() == 0 else 1)
     await group.barrier()
     if group.rank() == 1:
+        ctl.hear()  # the others have left the barrier, too
         other = asyncio.ensure_future(stubborn(group))
         other.add_done_callback(asyncio.Task.exception)  # fetched: what it raises is the abort
         await asyncio.sleep(0)
@@ -44,6 +45,7 @@ async def report_and_wait(ctl: ranks.Ctl, how: str) -> Any:
             asyncio.current_task().cancel()  # type: ignore[union-attr]
             await asyncio.sleep(0)
         raise AssertionError(how)
+    ctl.tell("waits")
     with pytest.raises(rt.GroupAbortedError) as caught:
         await (group.all_sum(np.ones(3)) if group.rank() == 0 else part.broadcast_object(None, 0))
     ctl.tell((time.monotonic(), caught.value.culprit, str(caught.value)))
@@ -64,6 +66,8 @@ async def body_that_fails(_rt: Any, _group: Any, ctl: ranks.Ctl, how: str) -> An
 @pytest.mark.parametrize("how", ["exception", "exit", "cancelled"])
 def test_the_others_raise_within_a_second_and_name_the_culprit(how: str) -> None:
     with ranks.Ranks(3, body_that_fails, args=(how,), init=False) as world:
+        assert [world.hear(rank) for rank in (0, 2)] == ["waits", "waits"]
+        world.tell(1, "go")
         ended = world.hear(1)
         for rank in (0, 2):
             told, culprit, text = world.hear(rank)
