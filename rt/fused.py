@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from rt.arrays import Array, Wrap
 from rt.dtypes import DType, Op, check_op, code_of
 from rt.group import Call, CoreGroup, hash64
 from rt.schedule import Collective
-
-if TYPE_CHECKING:
-    import optree
 
 ALONE_BYTES = 64 * 1024  # an array of so many is not joined with others: copying it would cost about as much as a work
 _BUCKET_BYTES = 1 << 20  # of joined arrays: little enough to stay in the cache between joining and sending
@@ -55,7 +52,7 @@ class Layout:
         wire: dtype to communicate in; None: each its own.
         bucket_bytes: 0 or less: every array alone.
         alone_bytes: arrays of at least so many are never joined; None: all may be.
-        names: what the arrays are called, alike on all ranks.
+        names: what the arrays are called; the same on all ranks.
 
     Attributes:
         tag: in the signature of all its works: a rank that passes another list is found out.
@@ -63,10 +60,10 @@ class Layout:
     """
 
     def __init__(
-        self, forms: Sequence[Form], wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, names: Sequence[str] = ()
+        self, forms: Sequence[Form], wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, names: str
     ) -> None:
         self.codes = {code_of(dtype) for dtype in dict.fromkeys(dtype for dtype, _ in forms)}
-        self.tag = hash64("list", *(f"{dtype.name}{shape}" for dtype, shape in forms), *names)
+        self.tag = hash64("list", *(f"{dtype.name}{shape}" for dtype, shape in forms), names)
         # Kept also where nothing is cast back: lists are told apart by the addresses of their dtypes.
         self.dtypes = [dtype for dtype, _ in forms]
         self.casts = wire is not None
@@ -108,24 +105,17 @@ _layouts: dict[Any, Layout] = {}
 
 
 def layout_of(
-    given: Views, wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, tree: optree.PyTreeSpec | None = None
+    given: Views, wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, names: str = ""
 ) -> Layout:
-    """Return the layout of such a list, made once; of the leaves of a ``tree``, if it is one."""
-    key = (given.form, wire, bucket_bytes, alone_bytes, tree)
+    """Return the layout of such a list, made once."""
+    key = (given.form, wire, bucket_bytes, alone_bytes, names)
     found = _layouts.get(key)
     if found is None:
-        forms = [(each.dtype, each.shape) for each in given.items]
-        found = Layout(forms, wire, bucket_bytes, alone_bytes, () if tree is None else _names(tree))
+        found = Layout([(each.dtype, each.shape) for each in given.items], wire, bucket_bytes, alone_bytes, names)
         if len(_layouts) >= _LAYOUTS_MOST:
             _layouts.clear()
         _layouts[key] = found
     return found
-
-
-def _names(tree: optree.PyTreeSpec) -> list[str]:
-    """Return where each leaf is found. Of keys that are not names or numbers the type counts: they may read otherwise on each rank."""
-    found = [".".join(str(key) if isinstance(key, (str, int)) else type(key).__name__ for key in path) for path in tree.paths()]
-    return [] if found == [str(index) for index in range(len(found))] else found  # a list of arrays needs no names
 
 
 class Views(NamedTuple):

@@ -6,6 +6,7 @@ travel together (``fused``), waiting.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def average(group: CoreGroup, tree: Any, bucket_bytes: int, communication_type: 
         return work
     from rt import fused
 
-    leaves, rebuild, structure = _flatten(tree)
+    leaves, rebuild, names = _flatten(tree)
     wire = None if communication_type is None else np.dtype(arrays.dtype_of(communication_type))
     if wire is not None and code_of(wire) not in INEXACT:
         raise TypeError(f"{_WHAT}: communication_type must be floating or complex, not {wire}")
@@ -45,7 +46,7 @@ def average(group: CoreGroup, tree: Any, bucket_bytes: int, communication_type: 
         return _on_device(group, leaves, wire, rebuild)
     # A tree without leaves is a call as any other, to be compared with those of the other ranks.
     given = fused.views(leaves or [_NOTHING], _WHAT, numbers=True)
-    layout = fused.layout_of(given, wire, bucket_bytes, None, structure)
+    layout = fused.layout_of(given, wire, bucket_bytes, None, names)
     for code in layout.codes:
         if code not in INEXACT:
             raise TypeError(f"{_WHAT}: gradients must be floating or complex, found {code.name.lower()}")
@@ -68,12 +69,19 @@ def _on_device(group: CoreGroup, leaves: list[Any], wire: np.dtype[Any] | None, 
     return fused.each(group, [leaf.astype(wire) for leaf in leaves], Op.MEAN, None, _WHAT, back)
 
 
-def _flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], optree.PyTreeSpec | None]:
-    """Return the leaves of a tree, what makes a tree of the same structure of others, and the structure; None: a list of leaves."""
+def _flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], str]:
+    """Return the leaves of a tree, what makes a tree of the same structure of others, and their names."""
     # A plain list of plain arrays is its own leaves; optree would take as long as all the rest of the call.
     if type(tree) in (list, tuple) and tree and _fastpath.forms_key(list(tree)) is not None:
-        return list(tree), type(tree), None
+        return list(tree), type(tree), ""
     import optree  # here, not above: importing it costs more than the rest of rt
 
     leaves, structure = optree.tree_flatten(tree)
-    return leaves, lambda results: optree.tree_unflatten(structure, results), structure
+    return leaves, lambda results: optree.tree_unflatten(structure, results), _names(structure)
+
+
+@functools.lru_cache(256)
+def _names(structure: optree.PyTreeSpec) -> str:
+    """Return where each leaf is found. Of keys that are not names or numbers the type counts: they may read otherwise on each rank."""
+    found = [".".join(str(key) if isinstance(key, (str, int)) else type(key).__name__ for key in path) for path in structure.paths()]
+    return "" if found == [str(index) for index in range(len(found))] else " ".join(found)  # a list of arrays needs no names

@@ -349,7 +349,7 @@ class CoreGroup:
     def _told(self, work: Work, later: bool, text: str) -> str:
         """Return the message of a failure for a work that it ended, or for a ``later`` call, which has no number and is not to blame."""
         about = f"{work.what} ({work.about}): the group failed earlier" if later else work.describe() if work.what else f"group {self.name}"
-        where = f" of {self.name}" if self.name != "world" else ""
+        where = f" of {self.name}" if work.what and self.name != "world" else ""
         return f"rank {self.rank}/{self.size}{where}: {about}: {text}"
 
 

@@ -100,7 +100,7 @@ class LibraryWorld(worlds.World):
         if not late.lent:
             super().timed_out(work, seconds)
         elif late.state == _fastpath.FLYING and self.control is not None:
-            facts = [late.group.identity, late.sequence, late.describe(), f"not done {seconds:g} s after rank {self.rank} called"]
+            facts = [late.group.identity, late.sequence, late.describe(), f"not done {seconds:g} s after rank {late.group.rank} called"]
             self.control.later(0, self.control.tell_calls, _LATE + json.dumps(facts).encode())
             self.control.later(_PATIENCE_SECONDS, self._still_late, late, facts)
 
@@ -110,12 +110,11 @@ class LibraryWorld(worlds.World):
 
     def _blame(self, group: int, sequence: int, work: str, text: str) -> None:
         """On rank 0: say who is late, as far as ranks told."""
-        absent = self._comparison.behind(group, sequence)
         known = self.groups.get(group)
-        absent = [known.ranks[rank] for rank in absent] if known is not None else []
+        absent = self._comparison.behind(group, sequence) if known is not None else []
         if absent:
             text += f"; it waits for rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))}, which did not call"
-        self._report(Report("timeout", group, sequence, absent[0] if absent else -1, work, text))
+        self._report(Report("timeout", group, sequence, known.ranks[absent[0]] if known is not None and absent else -1, work, text))
 
     def library_failed(self, group: CoreGroup, work: Work, error: Exception, differs: bool) -> None:
         """The library raised in a call; all ranks of the group are told. ``differs``: because ranks called different things."""

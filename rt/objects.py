@@ -122,40 +122,47 @@ class Order:
 
     Works end in any thread, and where one is submitted, which is with the lock, works of other orders may end. Who is told of that must not
     wait for their lock: two threads could wait for each other's. So ends are noted, and whoever lets go of the lock looks at the notes.
+    As a context it is the lock.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self._lock = threading.RLock()
         self.calls: deque[ObjectWork] = deque()
         self._ended: deque[ObjectWork] = deque()  # a call for each of its works that has ended
         self._turning = False
 
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        self._look()
+
     def note(self, call: ObjectWork) -> None:
         """A work of this call has ended. From any thread, whatever locks it holds."""
         self._ended.append(call)
-        self.look()
+        self._look()
 
-    def look(self) -> None:
+    def _look(self) -> None:
         """Go on with calls whose works have ended. If another thread has the lock, it will look when it has let it go."""
-        while self._ended and self.lock.acquire(blocking=False):
+        while self._ended and self._lock.acquire(blocking=False):
             try:
                 while self._ended:
                     self._ended.popleft().one_ended()
             finally:
-                self.lock.release()
+                self._lock.release()
 
     def turn(self) -> None:
-        """Move the first call on as far as it goes, and then the next."""
-        with self.lock:
-            if self._turning:  # a work ended while it was submitted: the loop below looks again
-                return
-            self._turning = True
-            try:
-                while self.calls and self.calls[0].left == 0:
-                    if self.calls[0].advance():
-                        self.calls.popleft()
-            finally:
-                self._turning = False
+        """Move the first call on as far as it goes, and then the next. With the lock."""
+        if self._turning:  # a work ended while it was submitted: the loop below looks again
+            return
+        self._turning = True
+        try:
+            while self.calls and self.calls[0].left == 0:
+                if self.calls[0].advance():
+                    self.calls.popleft()
+        finally:
+            self._turning = False
 
 
 class ObjectWork(Work):
@@ -175,16 +182,13 @@ class ObjectWork(Work):
 
     def begin(self, stages: Stages) -> ObjectWork:
         """Submit the header; raises what that raises."""
-        try:
-            with self._order.lock:
-                self._stages = stages
-                works = next(stages)
-                self._header = works[0]
-                self._order.calls.append(self)
-                self._watch(works)
-                self._order.turn()
-        finally:
-            self._order.look()
+        with self._order:
+            self._stages = stages
+            works = next(stages)
+            self._header = works[0]
+            self._order.calls.append(self)
+            self._watch(works)
+            self._order.turn()
         return self
 
     def advance(self) -> bool:
@@ -272,12 +276,11 @@ class ObjectWork(Work):
             if self._released and not any(work.source is buffer for work in self._works):
                 continue
             private = yield from copied(buffer)
-            with self._order.lock:
+            with self._order:
                 own.buffers[index] = private
                 for work in self._works:
                     if work.source is buffer:
                         _fastpath.move_memory(self.group.engine, work, buffer, private, False)
-            self._order.look()
 
 
 # -- the calls --------------------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def verbs_objects() -> int:
 
 def open_files() -> list[str]:
     """What this process has open, without numbers of sockets; a descriptor may end between two looks."""
-    found = list[str]()
+    found = []
     for fd in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):
             found.append(re.sub(r"\d+", "", os.readlink(f"/proc/self/fd/{fd}")))
@@ -339,7 +339,7 @@ def test_a_stopped_rank_is_not_lost(tmp_path: Path) -> None:
     while len(list(tmp_path.glob("ready.*"))) < 2:
         time.sleep(0.02)
     os.kill(processes[1].pid, signal.SIGSTOP)  # type: ignore[arg-type]
-    time.sleep(4)
+    time.sleep(4)  # the passing of time is what is tested
     assert processes[0].is_alive()
     os.kill(processes[1].pid, signal.SIGCONT)  # type: ignore[arg-type]
     collect(processes, ends, 90)
