@@ -14,6 +14,7 @@ from bench.conductor import PROBE, running
 ARRAYS = 200
 BYTES = 1024
 REPEATS = 50
+WAYS = {"one": "one by one", "fused": "all_sum(list)", "in_place": "with out=list", "average": "average_gradients"}
 
 
 def run(size: int, arrays: int = ARRAYS, nbytes: int = BYTES, repeats: int = REPEATS) -> list[dict[str, Any]]:
@@ -27,7 +28,7 @@ def run(size: int, arrays: int = ARRAYS, nbytes: int = BYTES, repeats: int = REP
         with running(f"rt {front}", "rt", size, [*PROBE, front, "auto"]) as system:
             answers = system.ask({"do": "fused", "arrays": arrays, "bytes": nbytes, "repeats": repeats})
             # Ranks start together; the slowest counts, as in all_reduce.
-            took = {way: median(map(max, zip(*(answer[way] for answer in answers), strict=True))) for way in ("one", "fused", "average")}
+            took = {way: median(map(max, zip(*(answer[way] for answer in answers), strict=True))) for way in WAYS}
             rows.append({"front": front, "ranks": size, "arrays": arrays, "bytes": nbytes, **took, **system.uses})
     return rows
 
@@ -38,12 +39,10 @@ def text(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"# {first['arrays']} float32 arrays of {first['bytes']} bytes over {first['ranks']} ranks, median us; ratio: one by one over it",
         *host.lines(),
-        f"# {'front end':<16}  {'one by one':>10}  {'all_sum(list)':>13}  {'ratio':>6}  {'average_gradients':>17}  {'ratio':>6}",
+        f"# {'front end':<16}  {WAYS['one']:>10}" + "".join(f"  {WAYS[way]:>17}  {'ratio':>6}" for way in list(WAYS)[1:]),
     ]
     for row in rows:
         front = f"{row['front']} ({row['loop']})" if "loop" in row else row["front"]
-        fused, average = (f"{row['one'] / row[way]:>6.1f}" for way in ("fused", "average"))
-        times = (row[way] * 1e6 for way in ("one", "fused", "average"))
-        one, together, gradients = (round(each) for each in times)
-        lines.append(f"  {front:<16}  {one:>10}  {together:>13}  {fused}  {gradients:>17}  {average}")
+        cells = "".join(f"  {round(row[way] * 1e6):>17}  {row['one'] / row[way]:>6.1f}" for way in list(WAYS)[1:])
+        lines.append(f"  {front:<16}  {round(row['one'] * 1e6):>10}{cells}")
     return "\n".join(lines)

@@ -157,6 +157,8 @@ def _fused_sync(command: Answer) -> Answer:
 
     ways: dict[str, Callable[[], Any]] = {"one": one_by_one}
     ways |= {"fused": lambda: rt.sync.all_sum(xs), "average": lambda: rt.sync.average_gradients(xs)}
+    outs = _arrays(command)
+    ways |= {"in_place": lambda: rt.sync.all_max(outs, out=outs)}
     took: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(command["repeats"]):
         for way, call in ways.items():
@@ -177,6 +179,8 @@ async def _fused_async(command: Answer) -> Answer:
 
     ways: dict[str, Callable[[], Any]] = {"one": one_by_one}
     ways |= {"fused": lambda: rt.all_sum(xs), "average": lambda: rt.average_gradients(xs)}
+    outs = _arrays(command)
+    ways |= {"in_place": lambda: rt.all_max(outs, out=outs)}
     took: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(command["repeats"]):
         for way, call in ways.items():

@@ -26,7 +26,7 @@ from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetInterrupt, PyErr_WriteUnraisable
 from libc.errno cimport EAGAIN, EINTR, EPIPE, EPROTO, ECONNRESET, errno
 from libc.stdint cimport int16_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport calloc, free, malloc, qsort, realloc
 from posix.types cimport off_t
 from libc.string cimport memcmp, memcpy, memset
 

@@ -59,12 +59,18 @@ def again(group: CoreGroup, x: Any, out: Any, what: str, call: int) -> Work | No
     return known
 
 
-def remember(group: CoreGroup, call: Call, x: np.ndarray[Any, Any], target: np.ndarray[Any, Any], shape: tuple[int, ...]) -> None:
-    """Have ``again`` find a call whose arguments are x itself and a result of x's dtype and this shape."""
+def remember(
+    group: CoreGroup, call: Call, x: np.ndarray[Any, Any], target: np.ndarray[Any, Any], shape: tuple[int, ...], number: int = 0
+) -> None:
+    """Have ``again`` find a call whose arguments are x itself and a result of x's dtype and this shape.
+
+    Args:
+        number: by which it is found; 0: what ``known_as`` returns.
+    """
     # What another thread did to the arrays meanwhile must not be remembered.
     apart = _fastpath.lie_apart(x, target)
     if (x.shape, target.shape, x.dtype, apart) == (call.shape, shape, target.dtype, call.alias is None) and code_of(x.dtype) == call.dtype:
-        group.known.remember(known_as(call.kind, call.op, call.root), x, target, group.ready(call))
+        group.known.remember(number or known_as(call.kind, call.op, call.root), x, target, group.ready(call))
 
 
 def all_gather(group: CoreGroup, x: Any, out: Any) -> Work:

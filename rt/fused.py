@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rt import _fastpath, arrays
+from rt import _fastpath, arrays, collectives
 from rt.aio import BUDGET_BYTES, Work
 from rt.arrays import Array, Wrap
 from rt.dtypes import DType, Op, check_op, code_of
-from rt.group import Call, CoreGroup, hash64
+from rt.group import Call, CoreGroup, hash64, known_as
 from rt.schedule import Collective
 
 ALONE_BYTES = 64 * 1024  # an array of so many is not joined with others: copying it would cost about as much as a work
@@ -94,6 +94,12 @@ class Layout:
         if self.casts:
             return [piece if piece.dtype == to else arrays.copy(piece, to) for piece, to in zip(pieces, self.dtypes, strict=True)]
         return pieces
+
+    def copy_to(self, outs: list[Array], results: Sequence[Array]) -> None:
+        """Copy the result of each array that did not travel alone to where the caller wants it."""
+        for bucket, result in zip(self.buckets, results, strict=True):
+            if len(bucket.members) > 1:
+                _fastpath.spread(result, bucket.members, outs)
 
 
 def _bucket(dtype: np.dtype[Any], members: list[int], forms: Sequence[Form]) -> Bucket:
@@ -219,26 +225,42 @@ def start(
     works = []
     budget = BUDGET_BYTES // max(1, len(layout.buckets))  # a call may take no longer than any other turn of a loop
     for bucket in layout.buckets:
-        work = Work(group)
-        alias: tuple[int, int] | None = (0, 0)
-        shape: tuple[int, ...] = (bucket.items,)
-        if len(bucket.members) == 1:
-            index = bucket.members[0]
-            mine, given = items[index], None if targets is None else targets[index]
-            shape = mine.shape
-            source = arrays.contiguous(mine) if mine.dtype == bucket.dtype else arrays.copy(mine, bucket.dtype)
-            work.borrows_source, work.borrows_target = source is mine, given is not None
-            target = given if given is not None else _fastpath.empty(shape, bucket.dtype) if work.borrows_source else source
-            alias = (0, 0) if target.ctypes.data == source.ctypes.data else None  # no other overlap has come so far
-        else:
-            source = target = _fastpath.empty(shape, bucket.dtype)
-            if not _fastpath.join(items, bucket.members, target):
-                np.concatenate([items[index].reshape(-1) for index in bucket.members], out=target, casting="unsafe")
-        work.result = target
-        call = Call(Collective.ALL_REDUCE, bucket.code, op, shape, bucket.items, tag=layout.tag, alias=alias)
-        group.submit(what, call, source, target, work, budget)
-        works.append(work)
+        if len(bucket.members) > 1:
+            source = _fastpath.empty((bucket.items,), bucket.dtype)
+            if not _fastpath.join(items, bucket.members, source):
+                np.concatenate([items[index].reshape(-1) for index in bucket.members], out=source, casting="unsafe")
+            works.append(_submit(group, layout, bucket, (source, source), op, what, budget, (False, False)))
+            continue
+        index = bucket.members[0]
+        mine, target = items[index], None if targets is None else targets[index]
+        source = arrays.contiguous(mine) if mine.dtype == bucket.dtype else arrays.copy(mine, bucket.dtype)
+        borrows = source is mine, target is not None
+        if target is None and source is not mine:
+            target = source
+        works.append(_submit(group, layout, bucket, (source, target), op, what, budget, borrows))
     return works
+
+
+def _submit(
+    group: CoreGroup, layout: Layout, bucket: Bucket, memory: tuple[Array, Array | None], op: Op, what: str, budget: int,
+    borrows: tuple[bool, bool],
+) -> Work:  # fmt: skip
+    """Start the work of a bucket, from and to this memory, which may be the caller's."""
+    number = known_as(Collective.ALL_REDUCE, op) ^ layout.tag
+    source, target = memory
+    work: Work | None = group.known.start(number, source, target, what, budget)
+    if work is not None:
+        work.borrows_source, work.borrows_target = borrows
+        group.follow(work.status)
+        return work
+    work = Work(group)
+    work.borrows_source, work.borrows_target = borrows
+    work.result = target if target is not None else _fastpath.empty(source.shape, bucket.dtype)
+    alias = None if _fastpath.lie_apart(source, work.result) else (0, 0)  # no other overlap has come so far
+    call = Call(Collective.ALL_REDUCE, bucket.code, op, source.shape, bucket.items, tag=layout.tag, alias=alias)
+    group.submit(what, call, source, work.result, work, budget)
+    collectives.remember(group, call, source, work.result, source.shape, number)
+    return work
 
 
 def each(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str, finish: Callable[[list[Any]], Any]) -> Work:
@@ -247,8 +269,6 @@ def each(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str, finis
     Args:
         finish: makes of the list of results what the caller gets.
     """
-    from rt import collectives
-
     if out is not None and (not isinstance(out, (list, tuple)) or len(out) != len(xs)):
         raise ValueError(f"{what}: out must be a list of {len(xs)} arrays, as x is")
     with group.together():
@@ -295,16 +315,15 @@ def all_reduce(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str)
         itself = [x if isinstance(x, np.ndarray) or i in given.wraps else given.items[i] for i, x in enumerate(xs)]
         work.finish(itself if out is None else list(out))
         return work
-    works = start(group, layout, travelling.items, op, what, outs)
+    works = start(group, layout, travelling.items, op, what, outs or None)
     about = f"{len(xs)} arrays"
     if outs is None:
         return hold(works, about, lambda results: given.hand_out(layout.cut(results)[: len(xs)]))
     answer, written = list(out), outs
 
     def write(results: list[Array]) -> list[Any]:
-        for piece, target in zip(layout.cut(results), written, strict=False):  # none is left where the memory was given back
-            if piece is not target:
-                np.copyto(target, piece)
+        if written:  # else the memory was given back
+            layout.copy_to(written, results)
         return answer
 
     return hold(works, about, write, written.clear)
@@ -313,44 +332,19 @@ def all_reduce(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str)
 _NOTHING = views([np.empty(0, np.uint8)], "", numbers=False)
 
 
-def _outs(out: Any, items: Sequence[Array], what: str) -> list[Array]:
+def _outs(out: Any, items: list[Array], what: str) -> list[Array]:
     """Return the memory of ``out=`` of a list."""
     if not isinstance(out, (list, tuple)):
         raise TypeError(f"{what}: out of a list must be a list of arrays, not {type(out).__name__}")
     if len(out) != len(items):
         raise ValueError(f"{what}: out must be a list of {len(items)} arrays, but has {len(out)}")
-    outs = [arrays.written(each, x.shape, x.dtype, f"{what}: item {i}") for i, (each, x) in enumerate(zip(out, items, strict=True))]
-    _check_overlaps(items, outs, what)
+    outs = list(out)
+    if not _fastpath.all_lie_like(outs, items):
+        outs = [arrays.written(each, x.shape, x.dtype, f"{what}: item {i}") for i, (each, x) in enumerate(zip(out, items, strict=True))]
+    places = _fastpath.overlap(items, outs)
+    if places is not None:
+        raise ValueError(
+            f"{what}: out at item {places[0]} overlaps item {places[1]}; each may be the array at its own place, or share no memory with "
+            "any other"
+        )
     return outs
-
-
-def _check_overlaps(items: Sequence[Array], outs: Sequence[Array], what: str) -> None:
-    """Refuse an out that shares memory with another, or with an array that is not the one at its own place and all of it."""
-    spans = []  # where each begins and ends, its place, and whether it is an out
-    for index, (x, out) in enumerate(zip(items, outs, strict=True)):
-        begin, end = _bounds(out)
-        spans.append((begin, end, index, True))
-        if _bounds(x) != (begin, end) or not x.flags.c_contiguous:
-            spans.append((*_bounds(x), index, False))
-    spans = sorted(span for span in spans if span[0] < span[1])
-    ends = {True: (0, -1), False: (0, -1)}  # the furthest end so far, and whose
-    for begin, end, index, writes in spans:
-        for kind in (True, False) if writes else (True,):
-            if ends[kind][0] > begin:
-                raise ValueError(
-                    f"{what}: out at item {index if writes else ends[kind][1]} overlaps item {ends[kind][1] if writes else index}; each "
-                    "may be the array at its own place, or share no memory with any"
-                )
-        ends[writes] = max(ends[writes], (end, index))
-
-
-def _bounds(items: Array) -> tuple[int, int]:
-    """Return the addresses of the first byte of an array and behind its last."""
-    begin = end = items.ctypes.data
-    if items.flags.c_contiguous:
-        return begin, begin + items.nbytes
-    if items.size:
-        for side, stride in zip(items.shape, items.strides, strict=True):
-            begin, end = begin + min(0, (side - 1) * stride), end + max(0, (side - 1) * stride)
-        end += items.itemsize
-    return begin, end

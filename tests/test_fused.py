@@ -21,7 +21,7 @@ from ranks import FRONTS, Ranks, results, run
 import rt
 import rt.sync
 from rt import _fastpath
-from rt.fused import ALONE_BYTES, _check_overlaps
+from rt.fused import ALONE_BYTES
 from rt.group import Call, CoreGroup
 
 Array = np.ndarray[Any, Any]
@@ -68,6 +68,8 @@ async def sums(rt: Any, group: Any, ctl: Any) -> None:
     ints = [np.arange(4), np.array([[me]])]
     same(await rt.all_reduce(ints, "xor"), [ints[0] if size % 2 else 0 * ints[0], np.array([[0 ^ 1 ^ (2 if size > 2 else 0)]])])
     assert await rt.all_sum([]) == [] and await rt.all_max(()) == [] and await rt.all_reduce([], "mean") == []
+    nothing: list[Any] = []
+    assert await rt.all_sum([], out=nothing) is not None and nothing == []
     same(await rt.all_sum([xs[3]]), [total(np.add, size)[3]])
     assert (await rt.all_sum([array.array("d", [me, 1]), bytearray([2])]))[0] == array.array("d", [sum(range(size)), size])
     results = await rt.all_sum([np.ones(3), np.ones(4)])
@@ -100,6 +102,9 @@ async def together(rt: Any, group: Any, ctl: Any) -> None:
     await rt.all_sum([np.ones(256, np.float32)] * 200)
     assert counting.calls == [("float32", 256 * 200, False)], "one collective"
     counting.calls.clear()
+    numbers = [np.full(256, i, np.float32) for i in range(200)]
+    same(await rt.all_sum(numbers), [group.size() * each for each in numbers])
+    assert counting.calls == [], "a list of that form is known"
     await rt.all_sum([np.ones(3), np.ones(BIG, np.float32), np.ones(2, np.float32), np.ones(4), np.ones(BIG - 1, np.float32)])
     expected = [("float64", 7, False), ("float32", BIG, True), ("float32", BIG + 1, False)]
     assert counting.calls == expected, counting.calls
@@ -162,18 +167,36 @@ def test_overlaps_are_found_wherever_they_are() -> None:
     memory = np.zeros(10)
     windows = [memory[i : i + n] for n in (2, 3) for i in range(0, 10 - n, 2)]
 
-    def refused(xs: list[Array], outs: list[Array]) -> bool:
-        try:
-            _check_overlaps(xs, outs, "test")
-        except ValueError:
-            return True
-        return False
-
     for a, b, c, d in itertools.product(windows, repeat=4):
         if a.shape != c.shape or b.shape != d.shape:
             continue
         pairs = [(c, d), *((x, out) for i, x in enumerate((a, b)) for j, out in enumerate((c, d)) if i != j or x is not out)]
-        assert refused([a, b], [c, d]) == any(np.shares_memory(x, y) for x, y in pairs)
+        found = _fastpath.overlap([a, b], [c, d])
+        assert (found is not None) == any(np.shares_memory(x, y) for x, y in pairs)
+        if found is not None:
+            mine, other = found
+            out = (c, d)[mine]
+            assert np.shares_memory(out, (a, b)[other]) or (mine != other and np.shares_memory(out, (c, d)[other]))
+
+
+def test_overlaps_with_what_lies_scattered() -> None:
+    memory, far = np.zeros(12), np.zeros(4)
+    assert _fastpath.overlap([memory[3::-1]], [memory[:4]]) == (0, 0), "the same bytes in another order"
+    assert _fastpath.overlap([memory[::4]], [memory[9:]]) is None and _fastpath.overlap([memory[::4]], [memory[8:11]]) == (0, 0)
+    assert _fastpath.overlap([far, memory.reshape(3, 4).T], [far, np.zeros((4, 3))]) is None
+    assert _fastpath.overlap([memory[4:4], memory[:4]], [memory[:0], memory[:4]]) is None, "nothing overlaps with nothing"
+    assert _fastpath.overlap([far] * 100, [np.zeros(4) for _ in range(100)]) is None, "what is read may be read twice"
+
+
+def test_copying_back_looks_again_at_where() -> None:
+    joined, outs = np.arange(6.0), [np.zeros(2), np.zeros(9), np.zeros((2, 2))]
+    _fastpath.spread(joined, [0, 2], outs)
+    assert [out.tolist() for out in outs] == [[0, 1], [0] * 9, [[2, 3], [4, 5]]]
+    outs[2].flags.writeable = False
+    with pytest.raises(ValueError, match="item 2: out is not what it was"):
+        _fastpath.spread(joined, [0, 2], outs)
+    with pytest.raises(ValueError, match="item 1: out is not what it was"):
+        _fastpath.spread(joined, [0, 1], outs)
 
 
 async def refusals(rt: Any, group: Any, ctl: Any) -> None:

@@ -18,7 +18,8 @@ from ranks import FRONTS, results, run
 
 import rt
 import rt.sync
-from rt.group import Call, CoreGroup
+from rt import fused
+from rt.group import CoreGroup
 
 Array = np.ndarray[Any, Any]
 fronts = pytest.mark.parametrize("front", FRONTS)
@@ -37,12 +38,12 @@ class Counting:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
-        self._original = CoreGroup.submit
-        CoreGroup.submit = lambda *submitted: self._count(*submitted)  # type: ignore[method-assign]
+        self._original = fused._submit
+        fused._submit = lambda *submitted: self._count(*submitted)
 
-    def _count(self, group: CoreGroup, what: str, call: Call, *rest: Any) -> None:
-        self.calls.append((call.dtype.name.lower(), call.items))
-        self._original(group, what, call, *rest)
+    def _count(self, group: CoreGroup, layout: fused.Layout, bucket: fused.Bucket, *rest: Any) -> Any:
+        self.calls.append((bucket.code.name.lower(), bucket.items))
+        return self._original(group, layout, bucket, *rest)
 
     def take(self) -> list[tuple[str, int]]:
         calls, self.calls = self.calls, []
