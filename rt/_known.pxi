@@ -1,4 +1,4 @@
-# Collectives that were made before: found by what lies at hand, and started in one go.
+# Collectives and messages that were made before: found by what lies at hand, and started in one go.
 #
 # May live here: the table of a group, and what a call does that is found in it, a short poll for its end included. May not: conversions,
 # choices, and checks beyond the question whether arrays are plain; a call that needs more goes through rt/collectives.py, which puts what
@@ -12,6 +12,7 @@ from threading import get_ident
 
 
 cdef tuple NO_ARGUMENTS = ()
+cdef object NOWHERE = object()
 
 cdef enum:
     KNOWN_MOST = 64                         # in a table of twice as many places
@@ -25,6 +26,7 @@ cdef struct Known:
     PyObject *program
     PyObject *signature
     PyObject *about
+    uint64_t channel
     Py_ssize_t shift                        # bytes from the result to x where they share memory, else APART
     int ndim
     int out_ndim
@@ -45,10 +47,45 @@ cdef Py_ssize_t shift_between(cnp.ndarray x, cnp.ndarray out):
     return start - result
 
 
-cdef class Calls:
-    """The collectives of one group whose plan is made.
+cdef inline bint plain(x):
+    return type(x) is cnp.ndarray and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>x) and cnp.PyArray_NDIM(<cnp.ndarray>x) <= KNOWN_DIMS
 
-    A call is told by a number other than 0: the collective, and what else of it is not seen in the arrays (``known_as``).
+
+cdef bint takes(Known *known, out):
+    """Whether this is a message that was found, and which ``out``, None for a new array, can receive as it is."""
+    cdef int i
+    if known.call == 0:
+        return False
+    if out is None:
+        return known.out_bytes < POOLED_BYTES   # memory for large results is a matter for those who keep it
+    if type(out) is not cnp.ndarray or <PyObject *>cnp.PyArray_DESCR(<cnp.ndarray>out) != known.dtype:
+        return False
+    if not cnp.PyArray_ISCARRAY(<cnp.ndarray>out) or cnp.PyArray_NDIM(<cnp.ndarray>out) != known.ndim:
+        return False
+    for i in range(known.ndim):
+        if known.dims[i] != cnp.PyArray_DIM(<cnp.ndarray>out, i):
+            return False
+    return True
+
+
+cpdef uint64_t known_message(int kind, peer, tag):
+    """The number that tells a message to or from a rank in the table of calls; 0 if it is not put there."""
+    cdef int64_t rank, number
+    if type(peer) is not int or type(tag) is not int:
+        return 0
+    try:
+        rank, number = peer, tag
+    except OverflowError:
+        return 0
+    if not (0 <= rank < <int64_t>1 << 30 and 0 <= number < <int64_t>1 << 15):
+        return 0
+    return <uint64_t>kind | <uint64_t>(rank + 1) << 16 | <uint64_t>number << 48
+
+
+cdef class Calls:
+    """The collectives and messages of one group whose plan is made.
+
+    A call is told by a number other than 0: what is called, and what of it is not seen in the arrays (``known_as``, ``known_message``).
 
     Args:
         make: class of the works; its ``__init__`` is not called.
@@ -86,14 +123,15 @@ cdef class Calls:
         self.forget()
 
     cdef Known *place(self, uint64_t call, cnp.ndarray x, Py_ssize_t shift):
-        """The place of a call in the table, free or not."""
-        cdef PyObject *dtype = <PyObject *>cnp.PyArray_DESCR(x)
-        cdef int ndim = cnp.PyArray_NDIM(x)
+        """The place of a call of x in the table, free or not."""
+        return self.place_of(call, <PyObject *>cnp.PyArray_DESCR(x), cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), shift)
+
+    cdef Known *place_of(self, uint64_t call, PyObject *dtype, int ndim, const cnp.npy_intp *dims, Py_ssize_t shift):
         cdef uint64_t mixed = call ^ (<uint64_t><uintptr_t>dtype << 1) ^ <uint64_t>shift
         cdef Known *known
         cdef int i, at
         for i in range(ndim):
-            mixed = (mixed ^ <uint64_t>cnp.PyArray_DIM(x, i)) * <uint64_t>0x9E3779B97F4A7C15
+            mixed = (mixed ^ <uint64_t>dims[i]) * <uint64_t>0x9E3779B97F4A7C15
         at = <int>((mixed ^ (mixed >> 32)) % KNOWN_PLACES)
         while True:                         # half of the places are free
             known = &self.places[at]
@@ -101,7 +139,7 @@ cdef class Calls:
                 return known
             if known.call == call and known.dtype == dtype and known.shift == shift and known.ndim == ndim:
                 for i in range(ndim):
-                    if known.dims[i] != cnp.PyArray_DIM(x, i):
+                    if known.dims[i] != dims[i]:
                         break
                 else:
                     return known
@@ -109,22 +147,30 @@ cdef class Calls:
 
     def remember(self, uint64_t call, x, out, ready) -> None:
         """Keep the plan of a call that was checked, of a plain array with a plain result ``out`` of the same dtype."""
-        cdef cnp.ndarray array, target
+        if type(x) is cnp.ndarray:
+            self.keep(call, <cnp.ndarray>x, <cnp.ndarray>out, shift_between(<cnp.ndarray>x, <cnp.ndarray>out), ready)
+
+    def remember_message(self, int kind, peer, tag, x, call) -> None:
+        """Keep the plan of a message of this array, or into it; ``call`` is the group's for it."""
+        cdef uint64_t number = known_message(kind, peer, tag)
+        if number != 0 and type(x) is cnp.ndarray:
+            self.keep(number, <cnp.ndarray>x, <cnp.ndarray>x, APART, self.group.ready(call))
+
+    cdef int keep(self, uint64_t call, cnp.ndarray array, cnp.ndarray target, Py_ssize_t shift, ready) except -1:
         cdef Known *known
-        cdef Py_ssize_t shift
+        cdef uint64_t channel
         cdef int i
-        if type(x) is not cnp.ndarray or cnp.PyArray_NDIM(<cnp.ndarray>x) > KNOWN_DIMS or cnp.PyArray_NDIM(<cnp.ndarray>out) > KNOWN_DIMS:
-            return
+        if cnp.PyArray_NDIM(array) > KNOWN_DIMS or cnp.PyArray_NDIM(target) > KNOWN_DIMS:
+            return 0
         if self.count >= KNOWN_MOST:
             self.forget()
-        array, target = <cnp.ndarray>x, <cnp.ndarray>out
         dtype = array.dtype
+        channel = ready.channel
         self.kept.append((dtype, ready.program, ready.signature, ready.about))
-        shift = shift_between(array, target)
         known = self.place(call, array, shift)
         if known.call != 0 or self.count >= KNOWN_MOST or self.failure is not None:
-            return
-        known.call, known.dtype = call, <PyObject *>dtype
+            return 0
+        known.call, known.dtype, known.channel = call, <PyObject *>dtype, channel
         known.program, known.signature, known.about = <PyObject *>ready.program, <PyObject *>ready.signature, <PyObject *>ready.about
         known.shift, known.ndim, known.out_ndim = shift, cnp.PyArray_NDIM(array), cnp.PyArray_NDIM(target)
         known.out_bytes = cnp.PyArray_NBYTES(target)
@@ -133,6 +179,7 @@ cdef class Calls:
         for i in range(known.out_ndim):
             known.out_dims[i] = cnp.PyArray_DIM(target, i)
         self.count += 1
+        return 0
 
     cdef Known *find(self, uint64_t call, x, out):
         """The call in the table, NULL if it is not there or not as it was."""
@@ -140,11 +187,9 @@ cdef class Calls:
         cdef Known *known
         cdef Py_ssize_t shift = APART
         cdef int i
-        if type(x) is not cnp.ndarray or self.count == 0:
+        if self.count == 0 or not plain(x):
             return NULL
         array = <cnp.ndarray>x
-        if not cnp.PyArray_ISCARRAY_RO(array) or cnp.PyArray_NDIM(array) > KNOWN_DIMS:
-            return NULL
         if out is None:
             known = self.place(call, array, APART)
             # Memory for large results is a matter for those who keep it.
@@ -162,13 +207,12 @@ cdef class Calls:
                 return NULL
         return known
 
-    cdef Work made(self, what, about, x, target, out):
+    cdef Work made(self, what, about, result, bint borrows_source, bint borrows_target):
         """A work of this group for a call that was found."""
         cdef Work work = <Work>(<PyTypeObject *>self.make).tp_new(self.make, <PyObject *>NO_ARGUMENTS, NULL)
         work.group, work.what, work.about = self.group, what, about
-        work.borrows_source = True
-        work.borrows_target = out is not None
-        work.result = target
+        work.borrows_source, work.borrows_target = borrows_source, borrows_target
+        work.result = result
         return work
 
     def reduce(self, x, op, out, what, Py_ssize_t budget):
@@ -181,31 +225,85 @@ cdef class Calls:
     cpdef object start(self, uint64_t call, x, out, what, Py_ssize_t budget):
         """Start a collective of an array; return its work, or None if the call is not in the table."""
         cdef Known *known = self.find(call, x, out)
-        cdef cnp.ndarray array, target
+        return None if known == NULL else self.begin_known(known, x, out, what, budget)
+
+    cdef object begin_known(self, Known *known, source, out, what, Py_ssize_t budget):
+        """Start what was found; ``out`` is where its result goes: None: a new array, NOWHERE: there is none but ``source`` itself."""
+        cdef cnp.ndarray target
         cdef Work work
-        cdef Program program
-        cdef bytes signature
-        cdef int ndim
+        cdef Program program = <Program>known.program
+        cdef bytes signature = <bytes>known.signature
+        cdef uint64_t channel = known.channel
+        cdef int ndim = known.out_ndim
         cdef cnp.npy_intp dims[KNOWN_DIMS]
-        if known == NULL:
-            return None
-        array = <cnp.ndarray>x
-        program, signature = <Program>known.program, <bytes>known.signature
         about, dtype = <object>known.about, <object>known.dtype
-        ndim = known.out_ndim
         memcpy(dims, known.out_dims, sizeof(dims))
-        if out is None:
-            Py_INCREF(dtype)                # taken over by the array
-            target = PyArray_NewFromDescr(&PyArray_Type, <PyArray_Descr *><PyObject *>dtype, ndim, dims, NULL, NULL, 0, NULL)
+        if out is not None:
+            result = source if out is NOWHERE else out
         else:
-            target = <cnp.ndarray>out
-        work = self.made(what, about, x, target, out)
-        work.status = self.engine.submit(work, program, self.identity, self.identity, signature, self.ranks, <int>len(self.ranks), array,
-                                         target, budget)
-        self.recent[work.sequence % len(self.recent)] = (work.sequence, signature)
+            Py_INCREF(dtype)                # taken over by the array
+            result = PyArray_NewFromDescr(&PyArray_Type, <PyArray_Descr *><PyObject *>dtype, ndim, dims, NULL, NULL, 0, NULL)
+        work = self.made(what, about, result, source is not None, out is not None and out is not NOWHERE)
+        work.status = self.engine.submit(work, program, self.identity, channel, signature, self.ranks, <int>len(self.ranks), source,
+                                         None if out is NOWHERE else result, budget)
+        if channel == self.identity:
+            self.recent[work.sequence % len(self.recent)] = (work.sequence, signature)
         if self.failure is not None and work.state == STATE_FLYING:
             self.engine.break_group(self.identity, self.failure)    # it broke between the two lines above
         return work
+
+    def send(self, int kind, x, dst, tag, Py_ssize_t budget):
+        """Start a send of an array; return its work, or None if it is not in the table. ``kind`` is that of sends."""
+        cdef uint64_t call = known_message(kind, dst, tag)
+        cdef Known *known
+        if call == 0 or self.count == 0 or not plain(x):
+            return None
+        known = self.place(call, <cnp.ndarray>x, APART)
+        return self.begin_known(known, x, NOWHERE, "send", budget) if known.call != 0 else None
+
+    def recv_like(self, int kind, x, src, out, tag, Py_ssize_t budget):
+        """As ``send``, of a receive of an array of x's form."""
+        cdef uint64_t call = known_message(kind, src, tag)
+        if call == 0 or self.count == 0 or not plain(x):
+            return None
+        return self.receive(self.place(call, <cnp.ndarray>x, APART), out, "recv_like", budget)
+
+    def recv(self, int kind, shape, dtype, src, out, tag, Py_ssize_t budget):
+        """As ``send``, of a receive; ``dtype`` is NumPy's."""
+        cdef uint64_t call = known_message(kind, src, tag)
+        cdef cnp.npy_intp dims[KNOWN_DIMS]
+        cdef int i, ndim
+        if call == 0 or self.count == 0 or type(shape) is not tuple or not len(<tuple>shape) <= KNOWN_DIMS:
+            return None
+        ndim = <int>len(<tuple>shape)
+        for i in range(ndim):
+            side = (<tuple>shape)[i]
+            if type(side) is not int or not 0 <= side < APART:
+                return None
+            dims[i] = side
+        return self.receive(self.place_of(call, <PyObject *>dtype, ndim, dims, APART), out, "recv", budget)
+
+    def sendrecv(self, int sends, int receives, x, dst, src, out, tag, Py_ssize_t budget):
+        """As ``send`` and ``recv_like`` of ``out``, else of x; returns both works, or None: neither has begun."""
+        cdef uint64_t call = known_message(sends, dst, tag), other = known_message(receives, src, tag)
+        cdef Known *sent
+        cdef Known *received
+        cdef Known copied
+        like = x if out is None else out
+        if call == 0 or other == 0 or self.count == 0 or not plain(x) or not plain(like):
+            return None
+        if out is not None and shift_between(<cnp.ndarray>x, <cnp.ndarray>out) != APART:
+            return None                     # two works know nothing of each other's memory
+        sent, received = self.place(call, <cnp.ndarray>x, APART), self.place(other, <cnp.ndarray>like, APART)
+        if sent.call == 0 or not takes(received, out):
+            return None
+        copied = received[0]                # the first work may have the table changed
+        program, signature, about, dtype = <object>copied.program, <object>copied.signature, <object>copied.about, <object>copied.dtype
+        first = self.begin_known(sent, x, NOWHERE, "sendrecv", budget)
+        return first, self.begin_known(&copied, None, out, "sendrecv", budget)
+
+    cdef object receive(self, Known *known, out, what, Py_ssize_t budget):
+        return self.begin_known(known, None, out, what, budget) if takes(known, out) else None
 
     def run(self, x, op, out, what, double spin):
         """As ``reduce``, and poll for ``spin`` seconds for its end. Not where a loop runs: a blocking call there may have to be refused."""
@@ -255,13 +353,16 @@ cdef class LibraryCalls(Calls):
         if ready.program is not None:
             Calls.remember(self, call, x, out, ready)
 
+    def remember_message(self, int kind, peer, tag, x, call) -> None:
+        """Do nothing."""
+
     cpdef object start(self, uint64_t call, x, out, what, Py_ssize_t budget):
         cdef Known *known = self.find(call, x, out)
         if known == NULL:
             return None
         (_, begins, operator, in_place, signature), about, dtype = <tuple>known.program, <object>known.about, <object>known.dtype
         target = empty(x.shape, dtype) if out is None else out
-        work = self.made(what, about, x, target, out)
+        work = self.made(what, about, target, True, out is not None)
         self.begin(work, begins, (x if lie_apart(x, target) else in_place, target, operator), signature)
         return work
 
@@ -275,7 +376,7 @@ cdef class LibraryCalls(Calls):
         (blocks, _, operator, in_place, _), about, dtype = <tuple>known.program, <object>known.about, <object>known.dtype
         signature = <object>known.signature
         target = empty(x.shape, dtype) if out is None else out
-        work = self.made(what, about, x, target, out)
+        work = self.made(what, about, target, True, out is not None)
         self.note(work, signature)
         thread = get_ident()
         self.blocked[thread] = work

@@ -194,6 +194,10 @@ def barrier(group: CoreGroup) -> Work:
 
 def send(group: CoreGroup, x: Any, dst: int, tag: int) -> Work:
     """Start a send; the result is x."""
+    known: Work | None = group.known.send(Collective.SEND, x, dst, tag, BUDGET_BYTES)
+    if known is not None:
+        group.follow(known.status)
+        return known
     work = Work(group)
     array = _array(x, "send", work)
     dtype = code_of(array.dtype)
@@ -201,20 +205,29 @@ def send(group: CoreGroup, x: Any, dst: int, tag: int) -> Work:
     work.result = _itself(work, x, array)
     call = Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=peer, tag=_tag(tag))
     group.submit("send", call, array, None, work)
+    _remember_message(group, call, array if array is x else None)
     return work
 
 
 def recv(group: CoreGroup, shape: Any, dtype: Any, src: int, out: Any, tag: int) -> Work:
     """Start a receive of an array of the given shape and dtype."""
+    code = code_of(arrays.dtype_of(dtype))
+    known: Work | None = group.known.recv(Collective.RECV, shape, numpy_dtype(code), src, out, tag, BUDGET_BYTES)
+    if known is not None:
+        group.follow(known.status)
+        return known
     work = Work(group)
     peer = _peer(src, group, "recv from", "source")
-    code = code_of(arrays.dtype_of(dtype))
     sides = _shape(shape)
     return _receive(group, work, _target(out, sides, None, "recv", work, numpy_dtype(code)), code, peer, tag, "recv")
 
 
 def recv_like(group: CoreGroup, x: Any, src: int, out: Any, tag: int) -> Work:
     """Start a receive of an array of x's shape, dtype and kind."""
+    known: Work | None = group.known.recv_like(Collective.RECV, x, src, out, tag, BUDGET_BYTES)
+    if known is not None:
+        group.follow(known.status)
+        return known
     work = Work(group)
     like, work.hand_out = arrays.form(x, "recv_like", group)
     peer = _peer(src, group, "recv from", "source")
@@ -222,15 +235,20 @@ def recv_like(group: CoreGroup, x: Any, src: int, out: Any, tag: int) -> Work:
 
 
 def _receive(group: CoreGroup, work: Work, target: np.ndarray[Any, Any], code: DType, peer: int, tag: int, what: str) -> Work:
-    work.result, sides = target, target.shape
-    group.submit(what, Call(Collective.RECV, code, Op.SUM, sides, target.size, root=peer, tag=_tag(tag)), None, target, work)
+    work.result = target
+    call = Call(Collective.RECV, code, Op.SUM, target.shape, target.size, root=peer, tag=_tag(tag))
+    group.submit(what, call, None, target, work)
+    _remember_message(group, call, target)
     return work
 
 
 def sendrecv(group: CoreGroup, x: Any, dst: int, src: int, out: Any, tag: int) -> Work:
     """Start a send and a receive under the same tag; the result is what arrives, when x is free too."""
-    from rt import fused
-
+    known: tuple[Work, Work] | None = group.known.sendrecv(Collective.SEND, Collective.RECV, x, dst, src, out, tag, BUDGET_BYTES)
+    if known is not None:
+        for each in known:
+            group.follow(each.status)
+        return _both(*known)
     sent, work = Work(group), Work(group)
     array = _array(x, "sendrecv", sent)
     dtype, number = code_of(array.dtype), _tag(tag)
@@ -243,9 +261,28 @@ def sendrecv(group: CoreGroup, x: Any, dst: int, src: int, out: Any, tag: int) -
     if np.may_share_memory(array, target):  # two works know nothing of each other's memory
         array, sent.borrows_source = arrays.copy(array), False
     work.result = target
-    group.submit("sendrecv", Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=to, tag=number), array, None, sent)
-    group.submit("sendrecv", Call(Collective.RECV, arrives, Op.SUM, target.shape, target.size, root=origin, tag=number), None, target, work)
+    call = Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=to, tag=number)
+    group.submit("sendrecv", call, array, None, sent)
+    _remember_message(group, call, array if array is x else None)
+    call = Call(Collective.RECV, arrives, Op.SUM, target.shape, target.size, root=origin, tag=number)
+    group.submit("sendrecv", call, None, target, work)
+    _remember_message(group, call, target)
+    return _both(sent, work)
+
+
+def _both(sent: Work, work: Work) -> Work:
+    """Return what ends when x is free and the other array has come."""
+    if sent.state == _fastpath.DONE:
+        return work
+    from rt import fused
+
     return fused.hold([work, sent], f"{work.about}, sent and received", lambda results: results[0])
+
+
+def _remember_message(group: CoreGroup, call: Call, x: Any) -> None:
+    """Have a message of x, or into x, found when it comes again."""
+    if type(x) is np.ndarray and (x.shape, x.dtype) == (call.shape, numpy_dtype(call.dtype)):  # not what another thread made of it
+        group.known.remember_message(call.kind, call.root, call.tag, x, call)
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ tables alone. May not: argument checking (``collectives``), arithmetic (``_kerne
 from __future__ import annotations
 
 import enum
+import functools
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ def code_of(dtype: npt.DTypeLike) -> DType:
     raise TypeError(f"dtype {found.name!r} is not supported by collectives; supported: {known}")
 
 
+@functools.cache
 def numpy_dtype(code: int) -> np.dtype[Any]:
     """Return the NumPy dtype of a code (bfloat16 comes from ml_dtypes, loaded when first asked for)."""
     if code == DType.BFLOAT16:

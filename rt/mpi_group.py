@@ -294,12 +294,12 @@ class _OnlyRemembers:
     """A group's table of known calls, for calls that did not find themselves there, or must not look: those that block with a limit."""
 
     def __init__(self, table: _fastpath.Calls) -> None:
-        self.remember = table.remember
+        self.remember, self.remember_message = table.remember, table.remember_message
 
     def start(self, *_: Any) -> None:
         """Find nothing."""
 
-    reduce = start
+    reduce = send = recv = recv_like = sendrecv = start
 
 
 class Disagreement(Exception):

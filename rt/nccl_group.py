@@ -352,3 +352,6 @@ class _Forgetful(_fastpath.Calls):
 
     def remember(self, call: int, x: Any, out: Any, ready: Any) -> None:
         """Do nothing."""
+
+    def remember_message(self, kind: int, peer: Any, tag: Any, x: Any, call: Any) -> None:
+        """Do nothing."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import FRONTS, results
+from ranks import FRONTS, results, run
 
 import rt
 import rt.sync
@@ -128,6 +128,82 @@ async def others_alike_but_not_the_same(rt: Any, group: Any, ctl: Any) -> None:
 @fronts
 def test_other_calls_that_look_alike_are_told_apart(front: str) -> None:
     results(2, others_alike_but_not_the_same, front=front)
+
+
+async def messages_alike_but_not_the_same(rt: Any, group: Any, ctl: Any) -> None:
+    """Every message is met by one that looks like it, in both directions, again and again."""
+    me = group.rank()
+    other = 1 - me
+    big = 1 << 40
+
+    async def swap(x: Any, shape: Any, dtype: Any, tag: int = 0, out: Any = None) -> Any:
+        sent = rt.send(x, other, tag=tag)  # small, so that it does not block
+        found = await rt.recv(shape, dtype, other, tag=tag, out=out)
+        assert (await sent if front_awaits else sent) is x
+        return found
+
+    front_awaits = not isinstance(rt.send(np.ones(1), other), np.ndarray)
+    await rt.recv(1, np.float64, other)
+    for turn in range(3):
+        x = np.arange(6, dtype=np.float32) + 10 * me + turn
+        theirs = np.arange(6, dtype=np.float32) + 10 * other + turn
+        for tag in (0, 1, 32767, 32768, -1, big):
+            found = await swap(x + tag % 5, 6, np.float32, tag)
+            assert np.array_equal(found, theirs + tag % 5) and found.dtype == np.float32, tag
+        for dtype in ("float32", np.dtype(np.float32), "f4"):
+            assert np.array_equal(await swap(x, (6,), dtype), theirs)
+        assert (await swap(x.reshape(2, 3), (2, 3), np.float32)).shape == (2, 3)
+        assert (await swap(x.astype(int), [6], int)).dtype == int
+        assert np.array_equal(await swap(x[::-1], (6,), np.float32), theirs[::-1]), "not contiguous"
+        six = x.reshape(1, 1, 1, 1, 1, 6)
+        assert np.array_equal(await swap(six, six.shape, np.float32), theirs.reshape(six.shape)), "six sides"
+        out, scattered = np.empty(6, np.float32), np.empty((6, 2), np.float32)[:, 0]
+        assert await swap(x, (6,), np.float32, out=out) is out and np.array_equal(out, theirs)
+        rt_send = rt.send(x, other)
+        with pytest.raises(ValueError, match="C-contiguous"):
+            await rt.recv(6, np.float32, other, out=scattered)
+        for wrong in (np.empty(5, np.float32), np.empty(6)):
+            with pytest.raises(ValueError, match="out must have shape"):
+                await rt.recv_like(x, other, out=wrong)
+        assert np.array_equal(await rt.recv_like(x, other), theirs)
+        await rt_send if front_awaits else None
+        first, second = await swap(x, 6, np.float32), await swap(x, 6, np.float32)
+        assert not np.shares_memory(first, second) and first.flags.writeable and first.flags.owndata
+        own = x.copy()
+        for where in (None, out, own):
+            found = await rt.sendrecv(own, other, other, out=where)
+            assert np.array_equal(found, theirs) and (where is None or found is where)
+            assert where is own or np.array_equal(own, x), "what is sent does not change"
+        found = await rt.sendrecv(x, other, other, out=np.empty(6, np.float32) if me else None, tag=turn)
+        assert np.array_equal(found, theirs)
+    for peer, words in ((me, "cannot send to itself"), (2, "destination=2"), (-1, "destination=-1"), (1 << 70, "destination")):
+        with pytest.raises(ValueError, match=words):
+            await rt.send(x, peer)
+    with pytest.raises(TypeError, match="tag must be an integer, not float"):
+        await rt.send(x, other, tag=0.0)
+    with pytest.raises(ValueError, match="itself"):
+        await rt.sendrecv(x, other, me)
+    await rt.barrier()
+
+
+@fronts
+def test_messages_that_look_alike_are_told_apart(front: str) -> None:
+    results(2, messages_alike_but_not_the_same, front=front)
+
+
+async def another_message(rt: Any, group: Any, ctl: Any) -> None:
+    x, y = np.ones(6, np.float32), np.ones((3, 2), np.float32)
+    for each in (x, y, x, y):
+        await (rt.recv_like(each, 0) if group.rank() else rt.send(each, 1))
+    await (rt.recv_like(x, 0) if group.rank() else rt.send(y, 1))
+    await rt.barrier()
+
+
+@fronts
+def test_a_message_that_is_known_is_compared(front: str) -> None:
+    for outcome in run(2, another_message, front=front):
+        assert outcome.error is not None and outcome.error.kind == "MismatchError", outcome
+        assert "shape (6,)" in outcome.error.text and "shape (3, 2)" in outcome.error.text, outcome
 
 
 async def many_shapes(rt: Any, group: Any, ctl: Any) -> None:
