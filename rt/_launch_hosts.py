@@ -6,6 +6,7 @@ May live here: the order of the conversation with the supervisors, and the table
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import rt
 from rt import _ssh
 from rt._frames import Kind
+from rt._launch_backend import Found, decide
 from rt._launch_link import Link, RemoteFeed, RemoteRank, Want
 from rt._launch_loop import Loop
 from rt._launch_options import Options
@@ -130,7 +132,8 @@ class Hosts:
             addresses = {str(rank): ring_addresses(self._options, rank, ground.address) for rank in ranks if ground.address}
             listen = ground.address if 0 in link.crew.ranks and not uses_ring_file(self._options) else ""
             job = {"command": self._options.command, "cwd": self._options.cwd, "default_cwd": os.getcwd(), "size": self._options.size}
-            link.send(Kind.CHECK, 0, job | {"listen": listen, "addresses": addresses})
+            asks = None if self._options.backend else travelling(self._options, self._environ)  # for what NCCL needs, with these variables
+            link.send(Kind.CHECK, 0, job | {"listen": listen, "addresses": addresses, "asks": asks})
 
     def _unreachable(self, link: Link, late: bool) -> Row | None:
         """Say why a host has not said what it is, or that it is of another version."""
@@ -200,6 +203,8 @@ class Hosts:
             assert link.checked is not None
             ground.listening = link.checked["listening"]
             ground.ports = {int(rank): [(host, port) for host, port in ports] for rank, ports in link.checked["ports"].items()}
+        if not self._options.backend:
+            self._choose()
         environment = travelling(self._options, self._environ)
         where = ", ".join(f"{ground.address} ({link.crew.host.name})" for link, ground in zip(self.links, self._grounds, strict=True))
         self._report(f"{self._options.size} ranks of {shlex.join(self._options.command)} on {len(self.links)} hosts: {where}")
@@ -213,6 +218,14 @@ class Hosts:
             link.send(Kind.START, 0, job)
             link.started = True
         self.ready = True
+
+    def _choose(self) -> None:
+        """Take the backend that all hosts can have."""
+        found = [(link.crew.host.name, len(link.crew.ranks), Found(*(link.checked or {})["found"])) for link in self.links]
+        backend, why = decide(found)
+        if why:
+            self._report(why)
+        self._options = dataclasses.replace(self._options, backend=backend)
 
     def sleep(self) -> None:
         """Stop this process until it is told to go on, as Ctrl-Z does, and have the hosts wait."""

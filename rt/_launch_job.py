@@ -10,6 +10,7 @@ a process is made (``_launch_ranks``), and anything that talks to a group: a ran
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import math
 import os
@@ -26,6 +27,7 @@ from typing import IO
 
 from rt._forward import BACKLOG_BYTES, Sink, Stream
 from rt._frames import Kind
+from rt._launch_backend import Found, Question, ask, decide
 from rt._launch_guard import Guard
 from rt._launch_handed import Handed
 from rt._launch_hosts import Hosts, Row, as_json, table
@@ -69,6 +71,7 @@ class Job:
         self._errors: dict[int, Stream] = {}  # the stderr of each rank, unless it has ours
         self._input: Input | None = None
         self._hosts: Hosts | None = None  # None: all ranks are children of ours
+        self._question: Question | None = None  # whether they can have NCCL
         self._loop = Loop()
         self._out = Sink.to(1)
         self._err = self._out if os.path.sameopenfile(1, 2) else Sink.to(2)  # one queue per file, or lines would be cut in each other
@@ -106,7 +109,7 @@ class Job:
         except OSError as error:
             self._fail(2, f"--log-dir: cannot write {error.filename!r}: {error.strerror}")
         else:
-            (self._start_elsewhere if self._options.remote else self._start)(logs)
+            (self._start_elsewhere if self._options.remote else self._begin)(logs)
         while not (self._abandoned or (self._all_ended() and self._all_quiet())):
             self._arm()
             self._loop.wait(self._patience())
@@ -122,6 +125,25 @@ class Job:
         os.makedirs(folder, exist_ok=True)
         names = [os.path.join(folder, f"rank{rank}") for rank in range(self._options.size)]
         return [(FileIO(f"{name}.out", "w"), FileIO(f"{name}.err", "w")) for name in names]
+
+    def _begin(self, logs: list[tuple[FileIO, FileIO]]) -> None:
+        """Start the ranks of this host, as soon as it is known on which backend."""
+        options = self._options
+        if options.backend:
+            self._start(logs)
+            return
+        environ = environment(os.environ, options.environment, options.size) | {"RT_JOB_ID": self._job_id}
+        self._question = ask(self._loop, options.command, options.cwd, environ, partial(self._choose, logs))
+
+    def _choose(self, logs: list[tuple[FileIO, FileIO]], found: Found) -> None:
+        self._question = None
+        if self._plan is not None:  # told to stop meanwhile
+            return
+        backend, why = decide([("this host", self._options.size, found)])
+        if why:
+            self._report(why)
+        self._options = dataclasses.replace(self._options, backend=backend)
+        self._start(logs)
 
     def _start(self, logs: list[tuple[FileIO, FileIO]]) -> None:
         options, command = self._options, self._options.command
@@ -231,7 +253,7 @@ class Job:
         return [stream for stream in self._streams if not stream.closed]
 
     def _all_ended(self) -> bool:
-        return all(rank.code is not None for rank in self._ranks)
+        return self._question is None and all(rank.code is not None for rank in self._ranks)
 
     def _all_quiet(self) -> bool:
         return all(rank.gone for rank in self._ranks) and not self._open_streams()
@@ -260,7 +282,8 @@ class Job:
             self._fail(128 + signal.SIGPIPE if gone else 1, why)
         self._judge()
         if self._limit is not None and self._limit <= now and not self._all_ended():
-            awaited = self._hosts.awaited if self._hosts is not None else ""
+            awaited = "a Python that was asked for CuPy" if self._question is not None else ""
+            awaited = self._hosts.awaited if self._hosts is not None else awaited
             late = [str(rank.index) for rank in self._ranks if rank.code is None]
             running = f"rank {late[0]} was" if len(late) == 1 else f"ranks {', '.join(late)} were"
             found = f"no answer yet from {awaited}" if awaited else f"{running} still running"
@@ -382,12 +405,14 @@ class Job:
         """Write what is left, then the verdict, and return the exit code. Nobody is left to be ended: writing may block, Ctrl-C ends us."""
         if self._hosts is not None:
             self._hosts.leave(sweep=self._failed())
+        if self._question is not None:
+            self._question.stop()
         self._guard.end(sweep=self._failed())  # after success a process that left its rank's group on purpose, a daemon, may stay
         for stream in self._open_streams():
             stream.drain()
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        if self._verdict is None and self._stopped_by is not None and any(rank.code for rank in self._ranks):
+        if self._verdict is None and self._stopped_by is not None and (not self._ranks or any(rank.code for rank in self._ranks)):
             self._verdict = 128 + self._stopped_by, f"stopped by {signal_name(self._stopped_by)}"
         code, why = self._verdict or (0, "")
         if self._culprit is not None:

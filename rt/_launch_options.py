@@ -179,7 +179,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     add("-n", "--repeat-hosts", dest="n", type=_count, metavar="N", help="number of ranks; with hosts: on each of them (default there: 1)")
     add("--hosts", metavar="A,B", help="names or addresses to reach by ssh, user@ in front if wanted; localhost needs no ssh")
     add("--hostfile", metavar="F.json", help='a list of hosts such as {"ssh": "node1", "ips": ["10.0.0.1"]}, or an object with "hosts"')
-    add("--backend", metavar="B", help=f"one of {', '.join(BACKENDS)} (default: the hostfile's, else ring)")
+    add("--backend", metavar="B", help=f"one of {', '.join(BACKENDS)} (default: the hostfile's, else nccl if all can, else ring)")
     add("--python", default=sys.executable, metavar="PY", help="interpreter for .py programs, on all hosts (default: this one)")
     add("--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="for every rank; repeatable")
     add("--no-env", action="store_true", help=f"keep the variables {', '.join(f'{family}*' for family in FAMILIES)} from other hosts")

@@ -26,6 +26,7 @@ from typing import IO, Any
 import rt
 from rt._forward import BACKLOG_BYTES, READ_BYTES, Sink
 from rt._frames import BEAT_SECONDS, MARK, WINDOW_BYTES, Frame, Kind, Reader, frame
+from rt._launch_backend import Found, Question, ask
 from rt._launch_guard import Guard
 from rt._launch_handed import Handed, NoAddressError
 from rt._launch_loop import Loop
@@ -72,6 +73,7 @@ class Supervisor:
         self._command: list[str] = []
         self._folder: str | None = None
         self._guard: Guard | None = None
+        self._question: Question | None = None
         self._plan: list[tuple[int, float]] | None = None  # as the launcher's: signals, and seconds to wait for each to work
         self._deadline = 0.0
         self._ended = False
@@ -155,7 +157,16 @@ class Supervisor:
             answer["ports"] = {rank: self._handed.free_ports(addresses) for rank, addresses in job["addresses"].items()}
         except NoAddressError as error:
             problems.append(str(error))
-        self._say(Kind.CHECKED, 0, answer | {"problems": problems})
+        answer["problems"] = problems
+        if problems or job["asks"] is None:
+            self._say(Kind.CHECKED, 0, answer)
+            return
+        environ = environment(os.environ, job["asks"], job["size"])
+        self._question = ask(self._loop, self._command, self._folder, environ, lambda found: self._say_found(answer, found))
+
+    def _say_found(self, answer: dict[str, Any], found: Found) -> None:
+        self._question = None
+        self._say(Kind.CHECKED, 0, answer | {"found": found})
 
     def _start(self, said: Frame) -> None:
         job = said.json
@@ -311,6 +322,8 @@ class Supervisor:
         self._deadline = now + patience
 
     def _conclude(self) -> int:
+        if self._question is not None:
+            self._question.stop()
         if self._guard is not None:
             self._guard.end(sweep=True)  # does nothing where the launcher's END has ended it
         with contextlib.suppress(OSError):

@@ -2,8 +2,9 @@
 
 May live here: the way from a command line to an exit code, in outline. May not: the parts. The command line is in ``_launch_options``, who
 is told what in ``_launch_plan``, the loop in ``_launch_job``, processes in ``_launch_ranks``, what they write and read in ``_forward`` and
-``_launch_input``, and what is left when the launcher itself is killed in ``_launch_guard``. Other hosts: ``_launch_hosts`` looks at them
-together, ``_launch_link`` is the connection to one, and ``_supervisor`` is at its far end. MPI's own launcher: ``_launch_mpi``.
+``_launch_input``, what is left when the launcher itself is killed in ``_launch_guard``, and the backend that nobody named in
+``_launch_backend``. Other hosts: ``_launch_hosts`` looks at them together, ``_launch_link`` is the connection to one, and ``_supervisor``
+is at its far end. MPI's own launcher: ``_launch_mpi``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,15 @@ from types import SimpleNamespace
 from typing import Any
 
 _local = threading.local()
-runtime = SimpleNamespace(getDeviceCount=lambda: int(os.environ.get("STANDIN_DEVICES", "1")), getDevice=lambda: Device().id)
+
+
+def _count() -> int:
+    """Count the devices that CUDA_VISIBLE_DEVICES allows; which they are is nothing to the stand-in."""
+    there, allowed = int(os.environ.get("STANDIN_DEVICES", "1")), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there if allowed is None else min(there, len(allowed.split(",")) if allowed else 0)
+
+
+runtime = SimpleNamespace(getDeviceCount=_count, getDevice=lambda: Device().id)
 
 
 class Device:
