@@ -74,12 +74,14 @@ def _ip(machine: Machine, wire: Wire) -> list[str]:
 
 
 def _network_manager(machine: Machine, wire: Wire) -> list[str]:
-    name = _port(machine, wire).name
+    port = _port(machine, wire)
+    name, kind = port.name, "infiniband" if port.ipoib else "ethernet"
     profile = shlex.quote(f"rt-{name}")
     settings = f"ipv4.method manual ipv4.addresses {_own(machine, wire)} ipv4.never-default yes ipv6.method link-local"
+    settings += f" infiniband.transport-mode {port.ipoib}" if port.ipoib else ""
     return [
         f"{_sudo(machine)}nmcli connection delete {profile} 2>/dev/null || true",  # of an earlier run; there need not be one
-        f"{_sudo(machine)}nmcli connection add type ethernet con-name {profile} ifname {shlex.quote(name)} {settings}",
+        f"{_sudo(machine)}nmcli connection add type {kind} con-name {profile} ifname {shlex.quote(name)} {settings}",
         f"{_sudo(machine)}nmcli connection up {profile}",
     ]
 

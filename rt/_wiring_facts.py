@@ -28,7 +28,8 @@ _PING = (
 )
 _SYSFS = (
     "grep -H . /sys/bus/thunderbolt/devices/*/unique_id /sys/bus/thunderbolt/devices/*/device_name "
-    "/sys/bus/thunderbolt/devices/*/rx_speed /sys/bus/thunderbolt/devices/*/rx_lanes /sys/class/net/*/speed 2>/dev/null; "
+    "/sys/bus/thunderbolt/devices/*/rx_speed /sys/bus/thunderbolt/devices/*/rx_lanes /sys/class/net/*/speed "
+    "/sys/class/net/*/mode 2>/dev/null; "
     'for i in /sys/class/net/*; do echo "$i/device:$(readlink "$i/device")"; [ ! -e "$i/phy80211" ] || echo "$i/phy80211:yes"; done'
 )
 _EVERYWHERE = (("uname", "uname -s"), ("user", "id -u"), ("sudo", "sudo -n true"))

@@ -86,6 +86,7 @@ def _port(index: int, link: Item, sysfs: _Sysfs, heard: list[Item], devices: lis
         rdma=rdma[0] if rdma else "",
         uuid=uuid.upper(),
         peer=peer.upper(),
+        ipoib=sysfs.get((f"/sys/class/net/{name}", "mode"), "datagram") if link["link_type"] == "infiniband" else "",
         neighbours=frozenset(str(each["lladdr"]).lower() for each in heard if each.get("dev") == name and _was_heard(each)),
     )
 

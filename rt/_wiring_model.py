@@ -31,6 +31,7 @@ class Port:
         rdma: the RDMA device on it, or "".
         uuid: Thunderbolt: of the port (macOS) or of the controller (Linux), in upper case.
         peer: Thunderbolt: the ``uuid`` at the other end of the cable, or "".
+        ipoib: Linux: how IP goes over it if it is InfiniBand, ``datagram`` or ``connected``, else "".
         bridge: macOS: the bridge that it is a member of, or "": a member has no address of its own.
         neighbours: MAC addresses that were heard on it.
     """
@@ -45,6 +46,7 @@ class Port:
     rdma: str = ""
     uuid: str = ""
     peer: str = ""
+    ipoib: str = ""
     bridge: str = ""
     neighbours: frozenset[str] = frozenset()
 

@@ -107,6 +107,9 @@ def test_a_radio_is_known_by_more_than_its_name_and_infiniband_is_a_cable() -> N
     ports = {port.name: port for port in _wiring_linux.machine(0, told).ports}
     assert {name: port.kind for name, port in ports.items()} == {"radio0": WIRELESS, "eth0": ETHERNET, "ib0": ETHERNET}
     assert (ports["ib0"].mac, ports["ib0"].rdma) == (mac, "mlx5_0")
+    assert {name: port.ipoib for name, port in ports.items()} == {"radio0": "", "eth0": "", "ib0": "datagram"}
+    told = with_answer(told, "sysfs", text="/sys/class/net/ib0/mode:connected\n")  # Documentation/infiniband/ipoib.rst
+    assert [port.ipoib for port in _wiring_linux.machine(0, told).ports if port.name == "ib0"] == ["connected"]
 
 
 def test_a_linux_host_without_tools() -> None:

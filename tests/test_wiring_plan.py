@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rt._wiring_commands import commands, not_kept
-from rt._wiring_model import THUNDERBOLT, Machine, Port, Segment
+from rt._wiring_model import ETHERNET, THUNDERBOLT, Machine, Port, Segment
 from rt._wiring_plan import plan
 from rt.errors import ConfigError
 
@@ -130,6 +130,19 @@ def test_commands_that_outlive_a_restart() -> None:
     assert cable(manager="systemd-networkd")[0] == cable()[0]  # only if asked for
     assert "neither" in not_kept(machine(0)) and "macOS" in not_kept(machine(0, system="Darwin"))
     assert not_kept(machine(0, manager="NetworkManager")) == ""
+
+
+def test_infiniband_outlives_a_restart_as_infiniband() -> None:
+    """NetworkManager refuses a profile of Ethernet on it; the mode is the one that it has now."""
+    ends = Port(0, "ib0", ETHERNET, ipoib="connected"), Port(1, "ib0", ETHERNET, ipoib="datagram")
+    machines = [machine(end.host, end, manager="NetworkManager") for end in ends]
+    wires = plan(machines, [Segment(ends)])
+    for host, end in enumerate(ends):
+        _, added, _ = commands(machines[host], wires, persist=True)
+        assert added.startswith("sudo nmcli connection add type infiniband con-name rt-ib0 ifname ib0 ipv4.method manual ")
+        assert added.endswith(f" infiniband.transport-mode {end.ipoib}")
+    ethernet = cable(manager="NetworkManager", persist=True)[0][1]
+    assert "add type ethernet con-name" in ethernet and "infiniband" not in ethernet
 
 
 def test_nothing_to_do_where_all_is_there() -> None:
