@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Interface
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -83,6 +83,7 @@ def _port(index: int, link: Item, sysfs: _Sysfs, heard: list[Item], devices: lis
         up="LOWER_UP" in link.get("flags", ()),
         mac=str(link.get("address", "")).lower(),
         addresses=tuple(_addresses(link)),
+        ipv6=tuple(_ipv6(link)),
         rdma=rdma[0] if rdma else "",
         uuid=uuid.upper(),
         peer=peer.upper(),
@@ -115,6 +116,13 @@ def _addresses(link: Item) -> list[IPv4Interface]:
     return [IPv4Interface(f"{info['local']}/{info['prefixlen']}") for info in infos if info.get("family") == "inet" and "local" in info]
 
 
+def _ipv6(link: Item) -> list[IPv6Interface]:
+    """Return the addresses that others may know and that last."""
+    infos = [info for info in link.get("addr_info", ()) if info.get("family") == "inet6" and info.get("scope") == "global"]
+    lasting = [info for info in infos if "local" in info and not any(info.get(flag) for flag in ("temporary", "deprecated", "dadfailed"))]
+    return [IPv6Interface(f"{info['local']}/{info['prefixlen']}") for info in lasting]
+
+
 def _made(routes: list[Item]) -> list[Item]:
     """Return the IPv4 routes that somebody made, the preferred first; what is to be unreachable is in use as well."""
     ours = [route for route in routes if ":" not in route.get("dst", "") + route.get("gateway", "")]
@@ -137,7 +145,7 @@ def _address(links: list[Item], default: str) -> str:
         for address in _addresses(link):
             if not address.is_loopback and IPv4Address(address.ip) not in LINK_LOCAL:
                 return str(address.ip)
-    return ""
+    return next((str(address.ip) for link in links for address in _ipv6(link)), "")
 
 
 def _manager(facts: Facts) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from ipaddress import IPv4Interface, IPv4Network
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface
 
 THUNDERBOLT = "thunderbolt"
 ETHERNET = "ethernet"
 WIRELESS = "wireless"
+Address = IPv4Interface | IPv6Interface  # of a port, with its network
 LINK_LOCAL = IPv4Network("169.254.0.0/16")  # what a host gives itself where nobody gives it an address: it names nobody
 
 
@@ -28,6 +29,7 @@ class Port:
         up: whether the host sees a carrier.
         mac: in lower case with colons, or "".
         addresses: IPv4, with their networks.
+        ipv6: IPv6 addresses that others may know and that last: not link-local, temporary or deprecated ones. Of Linux only.
         rdma: the RDMA device on it, or "".
         uuid: Thunderbolt: of the port (macOS) or of the controller (Linux), in upper case.
         peer: Thunderbolt: the ``uuid`` at the other end of the cable, or "".
@@ -43,12 +45,18 @@ class Port:
     up: bool = True
     mac: str = ""
     addresses: tuple[IPv4Interface, ...] = ()
+    ipv6: tuple[IPv6Interface, ...] = ()
     rdma: str = ""
     uuid: str = ""
     peer: str = ""
     ipoib: str = ""
     bridge: str = ""
     neighbours: frozenset[str] = frozenset()
+
+    @property
+    def all_addresses(self) -> tuple[Address, ...]:
+        """Of both kinds."""
+        return (*self.addresses, *self.ipv6)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Machine:
         ssh: what to give to ssh.
         system: ``Darwin`` or ``Linux``.
         ports: sorted by name, numbers by value.
-        address: the IPv4 address that others reach it by: on the interface that routes to everybody else, or the first; "" if it has none.
+        address: that others reach it by: IPv4, on the interface that routes to everybody else, or the first; else the first of IPv6; or "".
         routed: ``address`` is on an interface that routes to everybody else.
         networks: every IPv4 network that it has an address in or a route to, but the default.
         root: ``ssh`` gives us root there.

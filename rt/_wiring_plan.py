@@ -5,11 +5,11 @@ May live here: arithmetic on networks. May not: commands (``_wiring_commands``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Interface, IPv4Network, collapse_addresses
+from ipaddress import IPv4Interface, IPv4Network, IPv6Network, collapse_addresses
 
-from rt._wiring_model import LINK_LOCAL, THUNDERBOLT, Machine, Segment
+from rt._wiring_model import LINK_LOCAL, THUNDERBOLT, Address, Machine, Port, Segment
 from rt.errors import ConfigError
 
 _POOLS = tuple(map(IPv4Network, ("192.168.0.0/16", "10.0.0.0/8", "172.16.0.0/12")))  # RFC 1918
@@ -28,7 +28,7 @@ class Wire:
     """
 
     segment: Segment
-    addresses: tuple[IPv4Interface, ...]
+    addresses: tuple[Address, ...]
     fresh: bool
 
     def of(self, host: int) -> str:
@@ -51,23 +51,29 @@ def plan(machines: Sequence[Machine], segments: Sequence[Segment]) -> list[Wire]
 
 
 def addressed(machines: Sequence[Machine], segments: Sequence[Segment]) -> dict[Segment, Wire]:
-    """Return wires for the segments whose ports have addresses that can stay; of several in one network the first."""
+    """Return wires for the segments whose ports have addresses that can stay; of several in one network the first; IPv4 before IPv6."""
     kept: dict[Segment, Wire] = {}
-    for segment in segments:
-        wire = _kept(segment, machines, [other.addresses[0].network for other in kept.values()])
-        if wire is not None:
-            kept[segment] = wire
+    kinds: tuple[Callable[[Port], Sequence[Address]], ...] = (lambda port: port.addresses, lambda port: port.ipv6)
+    for of in kinds:
+        taken: list[IPv4Network | IPv6Network] = [address.network for segment in kept for port in segment.ports for address in port.ipv6]
+        for segment in segments:
+            wire = None if segment in kept else _kept(segment, machines, taken, of)
+            if wire is not None:
+                kept[segment] = wire
+                taken.append(wire.addresses[0].network)
     return kept
 
 
-def _kept(segment: Segment, machines: Sequence[Machine], taken: Iterable[IPv4Network]) -> Wire | None:
+def _kept(
+    segment: Segment, machines: Sequence[Machine], taken: Iterable[IPv4Network | IPv6Network], of: Callable[[Port], Sequence[Address]]
+) -> Wire | None:
     if any(port.bridge for port in segment.ports):
         return None
-    for first in segment.ports[0].addresses:
+    for first in of(segment.ports[0]):
         network = first.network
-        here = [next((each for each in port.addresses if each.network == network), None) for port in segment.ports]
+        here = [next((each for each in of(port) if each.network == network), None) for port in segment.ports]
         addresses = tuple(each for each in here if each is not None)
-        if len(addresses) < len(here) or len(set(addresses)) < len(here) or network.overlaps(LINK_LOCAL) or network.prefixlen == 32:
+        if len(addresses) < len(here) or len(set(addresses)) < len(here) or network.overlaps(LINK_LOCAL) or network.num_addresses == 1:
             continue
         # Another interface in the network of a Thunderbolt cable takes packets away from it. In that of a LAN it is none of our business:
         # a laptop is in one network by cable and by radio, and whoever gives the addresses there is not us.
@@ -76,7 +82,7 @@ def _kept(segment: Segment, machines: Sequence[Machine], taken: Iterable[IPv4Net
             for port in segment.ports
             for other in machines[port.host].ports
             if port.kind == THUNDERBOLT and other not in segment.ports
-            for address in other.addresses
+            for address in other.all_addresses
         ]
         if not any(network.overlaps(other) for other in [*others, *taken]):
             return Wire(segment, addresses, fresh=False)

@@ -55,7 +55,7 @@ def ends(segment: Segment, machines: Sequence[Machine]) -> str:
 
 def _port_row(port: Port) -> list[str]:
     name = f"{port.name}{'' if port.up else ' (down)'}"
-    return [name, port.kind, speed(port.speed) or "-", " ".join(map(str, port.addresses)) or "-", port.rdma or "-"]
+    return [name, port.kind, speed(port.speed) or "-", " ".join(map(str, port.all_addresses)) or "-", port.rdma or "-"]
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:
@@ -98,7 +98,7 @@ def _machine(machine: Machine) -> dict[str, Any]:
             "kind": port.kind,
             "speed": port.speed,
             "up": port.up,
-            "addresses": [str(address) for address in port.addresses],
+            "addresses": [str(address) for address in port.all_addresses],
             "rdma": port.rdma,
         }
         for port in machine.ports

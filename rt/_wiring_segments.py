@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Interface, IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 
-from rt._wiring_model import THUNDERBOLT, Machine, Port, Segment
+from rt._wiring_model import THUNDERBOLT, Address, Machine, Port, Segment
 
 # Bridges for containers and virtual machines: every host has one of the same address, and none leads out of it.
 _WITHIN_A_HOST = re.compile(r"docker|virbr|br-[0-9a-f]{12}|cni|flannel|lxc|lxdbr|podman")
@@ -99,18 +99,18 @@ class _Joined:
 
 
 def _networks(ports: Sequence[Port]) -> list[list[Port]]:
-    """Group ports by the networks of their addresses; those of one host only are left out.
+    """Group ports by the networks of their addresses, of IPv6 where they have no other; those of one host only are left out.
 
     An address that several hosts have is one that something on each of them gave itself (VirtualBox's networks): it joins nobody.
     """
-    found: dict[IPv4Network, list[Port]] = defaultdict(list)
-    holders: dict[IPv4Interface, set[int]] = defaultdict(set)
+    found: dict[IPv4Network | IPv6Network, list[Port]] = defaultdict(list)
+    holders: dict[Address, set[int]] = defaultdict(set)
     for port in ports:
-        for address in port.addresses:
+        for address in port.addresses or port.ipv6:
             holders[address].add(port.host)
     for port in ports:
-        for address in port.addresses:
-            if not address.is_link_local and address.network.prefixlen < 32 and len(holders[address]) == 1:
+        for address in port.addresses or port.ipv6:
+            if not address.is_link_local and address.network.num_addresses > 1 and len(holders[address]) == 1:
                 found[address.network].append(port)
     return [group for group in found.values() if len({port.host for port in group}) > 1]
 

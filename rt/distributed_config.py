@@ -205,7 +205,7 @@ def _with_ports(machine: Machine, choice: Choice | None) -> Machine:
     """Leave the ports that ``--iface`` allows."""
     if choice is None:
         return machine
-    ports = [(port, Interface(port.name, tuple(map(str, port.addresses)), up=port.up)) for port in machine.ports]
+    ports = [(port, Interface(port.name, tuple(map(str, port.all_addresses)), up=port.up)) for port in machine.ports]
     left = tuple(port for port, interface in ports if (choice.rank(interface) is None) == choice.exclude)
     if not left:
         there = ", ".join(str(interface) for _, interface in ports) or "no port at all"

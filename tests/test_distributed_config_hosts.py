@@ -184,6 +184,23 @@ def test_hosts_on_one_switch_keep_their_addresses(tmp_path: Path) -> None:
         assert written.backend == "" and "set up" not in done.stderr
 
 
+def test_hosts_without_ipv4_keep_their_ipv6_addresses(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with sshd.site(tmp_path, 3, ipv6=True) as site:
+        for server in site.servers:
+            server.host.ip("-4 address flush dev cable")
+        tool = "rt.distributed_config --hosts fd02::1,fd02::2,fd02::3 --iface fd02::/16 --auto-setup --json --output hosts.json"
+        done = at_the_desk(site, tmp_path, f"{tool} > told.json && rt.launch --hostfile hosts.json program.py")
+        assert done.returncode == 0, done.stderr
+        written = read_hostfile(tmp_path / "hosts.json")
+        assert [(host.ssh, host.ips) for host in written.hosts] == [(f"fd02::{number}", (f"fd02::{number}",)) for number in (1, 2, 3)]
+        assert "tried: 1 of 1 cable answers at both ends" in done.stderr and "Setup for" not in done.stderr
+        assert sorted(done.stdout.splitlines()) == [f"[{rank} fd02::{rank + 1}] sum 6.0 of 3" for rank in range(3)]
+        told = json.loads((tmp_path / "told.json").read_text())
+        assert [host["ports"][0]["addresses"] for host in told["hosts"]] == [[f"fd02::{number}/64"] for number in (1, 2, 3)]
+        assert all(list(addresses(server.host).values()) == [["127.0.0.1/8"]] for server in site.servers)  # no host was given any
+
+
 def test_rdma_devices_make_a_mesh_on_a_switch(tmp_path: Path) -> None:
     """The devices are a stand-in of rdma's; which cable each is on is asked of the real hosts."""
     options = {number: [f"SetEnv PATH={tmp_path}/bin{number}:/usr/bin:/bin:/usr/sbin:/sbin"] for number in range(3)}

@@ -5,6 +5,8 @@ May live here: ``rt._wiring_segments``, ``rt._wiring_choose``. May not: command 
 
 from __future__ import annotations
 
+from ipaddress import IPv6Interface
+
 import linuxes
 import macs
 import pytest
@@ -15,7 +17,7 @@ from rt import _wiring_linux, _wiring_macos
 from rt import _wiring_rings as rings
 from rt._wiring_choose import Layout, choose, chosen_over, usable
 from rt._wiring_facts import Facts
-from rt._wiring_model import Machine, Segment
+from rt._wiring_model import ETHERNET, Machine, Port, Segment
 from rt._wiring_plan import plan
 from rt._wiring_segments import segments
 from rt.errors import ConfigError
@@ -320,3 +322,9 @@ def test_auto_goes_over_thunderbolt_then_rdma_then_ethernet() -> None:
 def test_one_host_needs_no_cable() -> None:
     assert chosen(facts(macs.macs(1, [])), "thunderbolt").order == (0,)
     assert chosen(on_one_switch(1), "ethernet").backend == ""
+
+
+def test_ports_that_nobody_heard_are_joined_by_their_ipv6_networks() -> None:
+    ports = [Port(host, "eth0", ETHERNET, mac=f"02::0{host}", ipv6=(IPv6Interface(f"fd01::{host}/64"),)) for host in range(3)]
+    (segment,) = segments([Machine(host, f"m{host}", "Linux", (port,)) for host, port in enumerate(ports)])
+    assert segment.guessed and segment.ports == tuple(ports)

@@ -98,6 +98,24 @@ def test_the_default_route_is_that_of_the_main_table() -> None:
     assert (_wiring_linux.machine(0, alone).routed, _wiring_linux.machine(0, alone).address) == (False, "192.168.8.2")
 
 
+def test_ipv6_addresses_that_last_are_those_of_a_port() -> None:
+    infos = [
+        {"family": "inet6", "local": "2001:db8::99", "prefixlen": 64, "scope": "global", "temporary": True, "dynamic": True},
+        {"family": "inet6", "local": "2001:db8::1", "prefixlen": 64, "scope": "global", "dynamic": True, "mngtmpaddr": True},
+        {"family": "inet6", "local": "fd01::1", "prefixlen": 64, "scope": "global"},
+        {"family": "inet6", "local": "fd02::1", "prefixlen": 64, "scope": "global", "deprecated": True},
+        {"family": "inet6", "local": "fd03::1", "prefixlen": 64, "scope": "global", "tentative": True, "dadfailed": True},
+        {"family": "inet6", "local": "fe80::1", "prefixlen": 64, "scope": "link"},
+    ]
+    link = {"ifname": "eth1", "flags": ["UP", "LOWER_UP"], "link_type": "ether", "address": "02:00:00:00:00:01", "addr_info": infos}
+    machine = _wiring_linux.machine(0, with_answer(linuxes.facts("n", []), "addresses", link))
+    (port,) = machine.ports
+    assert (port.addresses, list(map(str, port.ipv6))) == ((), ["2001:db8::1/64", "fd01::1/64"])
+    assert (machine.address, machine.networks) == ("2001:db8::1", {IPv4Network("127.0.0.0/8")})
+    both = with_answer(linuxes.facts("n", [Nic("eth2", "02:00:00:00:00:02", "10.0.0.5/24")]), "addresses", link)
+    assert _wiring_linux.machine(0, both).address == "10.0.0.5"
+
+
 def test_a_radio_is_known_by_more_than_its_name_and_infiniband_is_a_cable() -> None:
     told = linuxes.facts("n", [Nic("radio0", "02:00:00:00:00:01"), Nic("eth0", "02:00:00:00:00:02")])
     told = with_answer(told, "sysfs", text="/sys/class/net/radio0/phy80211:yes\n")

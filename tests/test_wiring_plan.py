@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from ipaddress import IPv4Interface, IPv4Network
+from dataclasses import replace
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface
 
 import pytest
 from hypothesis import given, settings
@@ -65,6 +66,41 @@ def test_addresses_that_are_there_are_kept() -> None:
     ends = port(0, "a", "10.9.0.1/24"), port(1, "a", "169.254.3.4/16", "10.9.0.7/24")
     (wire,) = plan([machine(0, ends[0]), machine(1, ends[1])], [Segment(ends)])
     assert (wire.of(0), wire.of(1), wire.fresh) == ("10.9.0.1", "10.9.0.7", False)
+
+
+def six(host: int, *addresses: str, four: Sequence[str] = (), name: str = "a") -> Port:
+    return replace(port(host, name, *four), ipv6=tuple(map(IPv6Interface, addresses)))
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "found"),
+    [
+        (six(0, "fd01::1/64", "2001:db8::1/64"), six(1, "2001:db8::2/64"), ["2001:db8::1", "2001:db8::2"]),
+        (six(0, "fd01::1/64", four=["10.9.0.1/24"]), six(1, "fd01::2/64", four=["10.9.0.2/24"]), ["10.9.0.1", "10.9.0.2"]),
+        (six(0, "fd01::1/64", four=["10.9.0.1/24"]), six(1, "fd01::2/64"), ["fd01::1", "fd01::2"]),  # one has no IPv4
+        (six(0, "fd01::1/64"), six(1, "fd02::2/64"), ["192.168.0.1", "192.168.0.2"]),
+        (six(0, "fd01::1/64"), six(1), ["192.168.0.1", "192.168.0.2"]),
+        (six(0, "fd01::1/128"), six(1, "fd01::1/128"), ["192.168.0.1", "192.168.0.2"]),  # DHCPv6 says nothing of a network
+    ],
+)
+def test_ipv6_addresses_are_kept_where_there_is_no_common_ipv4(left: Port, right: Port, found: list[str]) -> None:
+    (wire,) = plan([machine(0, left), machine(1, right)], [Segment((left, right))])
+    assert ([wire.of(0), wire.of(1)], wire.fresh) == (found, found[0].startswith("192"))
+
+
+def test_an_ipv6_network_on_two_cables_is_kept_for_one() -> None:
+    ends = [six(host, f"fd01::{host}{place}/64", name=name) for host in (0, 1) for place, name in enumerate("ab")]
+    segments = [Segment((ends[place], ends[place + 2])) for place in range(2)]
+    lan = [replace(segment, ports=tuple(replace(end, kind=ETHERNET) for end in segment.ports)) for segment in segments]
+    assert [wire.fresh for wire in plan([machine(0, *ends[:2]), machine(1, *ends[2:])], segments)] == [True, True]  # Thunderbolt
+    assert [wire.fresh for wire in plan([machine(0, *ends[:2]), machine(1, *ends[2:])], lan)] == [False, True]
+
+
+def test_an_interface_beside_one_with_ipv4_is_no_way_of_its_own() -> None:
+    """A router told both interfaces its IPv6 network: what is sent from one's address may leave by the other."""
+    ends = [(six(host, f"fd01::{host}a/64"), six(host, f"fd01::{host}b/64", four=[f"10.9.0.{host + 1}/24"], name="b")) for host in (0, 1)]
+    lan = [Segment(tuple(replace(end, kind=ETHERNET) for end in pair)) for pair in zip(*ends, strict=True)]
+    assert [wire.fresh for wire in plan([machine(0, *ends[0]), machine(1, *ends[1])], lan)] == [True, False]
 
 
 @pytest.mark.parametrize(
