@@ -352,19 +352,38 @@ def test_the_recipe_for_a_ring(tmp_path: Path) -> None:
         assert f"ifconfig en{port + 1} inet {host.ips[0]} netmask 255.255.255.252" in done_on(tmp_path, here)
 
 
+def lay(site: sshd.Site, folder: Path, made: Sequence[Mac], laid: Sequence[tuple[macs.End, macs.End]]) -> None:
+    """Lay the cables of Macs between their hosts, and have ``sudo ifconfig`` give them the addresses, besides noting what it was told."""
+    for (left, left_port), (right, right_port) in laid:
+        cable(site.servers[left].host, f"en{left_port + 1}", site.servers[right].host, f"en{right_port + 1}")
+    for mac in made:
+        sudo = folder / f"bin{mac.number}" / "sudo"
+        give = '[ "$1 $3 $5" != "ifconfig inet netmask" ] || exec /usr/sbin/ip address replace "$4/$6" dev "$2"'
+        sudo.write_text(f"{sudo.read_text()}{give}\n")
+
+
 def test_the_guide_as_it_is_printed(tmp_path: Path) -> None:
+    """Line by line, in its order. The tools of the Macs are stand-ins; hosts, ssh, cables and ranks are real."""
     page = (Path(ROOT) / "docs" / "distributed_config.md").read_text(encoding="utf-8")
     blocks = [block for block in documents.blocks(page) if Path(__file__).name in block.why_not]
     lines = [line.removeprefix("$ ") for block in blocks for line in block.code.splitlines()]
-    assert len(lines) == 4
+    assert [line.split()[0] for line in lines] == ["rt.distributed_config", "rt.launch", *["rt.distributed_config"] * 3]
     made = macs.macs(4, macs.MESH)
     known = [
         f"Host m{number}\n  HostName 10.2.0.{number}\n  Port {2199 + number}\n  HostKeyAlias host{number - 1}" for number in range(1, 5)
     ]
+    (tmp_path / "train.py").write_text(PROGRAM)
     with site_of_macs(tmp_path, made, known) as site:
+        lay(site, tmp_path, made, macs.MESH)
+        said = {}
         for line in lines:
             done = at_the_desk(site, tmp_path, line)
-            assert (done.returncode, done.stdout) == (0, ""), f"{line}\n{done.stderr}"
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+            said[line] = sorted(done.stdout.splitlines())
+        sent = [server.host.sent("cable") for server in site.servers]
+    ranks = [f"[{rank} {host.ssh}] sum 10.0 of 4" for rank, host in enumerate(read_hostfile(tmp_path / "ring.json").hosts)]
+    assert [*said.values()] == [[], ranks, [], [], []]
+    assert max(sent) < 1 << 20  # 16 MiB were reduced, over the cables and not over the switch
     backends = [read_hostfile(tmp_path / name).backend for name in ("ring.json", "jaccl.json", "hosts.json")]
     assert backends == ["ring", "jaccl", ""]
     assert (tmp_path / "cables.png").read_bytes().startswith(b"\x89PNG")
