@@ -4,36 +4,45 @@ May live here: the question to the Python of a host's ranks, both ends of it, an
 (``transports.nccl``), what ranks are told (``_launch_plan``).
 
 Nobody asked for NCCL, so nothing that is broken on the way to it is an error, and where our Python has no CuPy nothing is started to find
-that out. CuPy is loaded in a process of its own: it takes a second, may hang or crash, and its libraries do not bear a fork.
+that out. CuPy is loaded in a process of its own: it takes a second, may hang or crash, and its libraries do not bear a fork. That process
+gets a time, and a second to go when it is killed: a driver that hangs may keep it for ever.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import select
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 from rt._forward import READ_BYTES
 from rt._launch_loop import Loop
 
-_SECONDS = 10  # for an answer; less than all hosts have to become ready
-# Python that has no CuPy need not load rt to say so. The alarm ends it even inside of a library.
+SECONDS = 10  # for an answer
+_LAST_SECONDS = 1  # for a process that was killed to go
+# Python that has no CuPy need not load rt to say so. What CuPy prints is nobody's, and what it starts does not hold the pipe of the answer.
+# The alarm is for a launcher that was killed meanwhile.
 _QUESTION = f"""
-import importlib.util, signal
+import importlib.util, os, signal
 signal.signal(signal.SIGALRM, signal.SIG_DFL)
-signal.alarm({_SECONDS})
+signal.alarm({SECONDS})
+told = os.dup(1)
+os.dup2(2, 1)
 if importlib.util.find_spec("cupy") is None:
-    print('[false, 0, "has no CuPy"]')
+    os.write(told, b'rt-found [false, 0, "has no CuPy"]\\n')
 else:
     from rt import _launch_backend
-    _launch_backend.answer()
+    _launch_backend.answer(told)
 """
+_ANSWER = re.compile(rb"rt-found (.*)\n")  # whatever a wrapper around Python may have printed before
 
 
 class Found(NamedTuple):
@@ -73,9 +82,13 @@ def _too_few(gpus: int, ranks: int) -> str:
 
 
 class Question:
-    """A Python that is finding out what it has for NCCL."""
+    """A Python that is finding out what it has for NCCL.
 
-    def __init__(self, python: str, cwd: str | None, environ: Mapping[str, str]) -> None:
+    Attributes:
+        due: when it is given up, which ``attend`` does.
+    """
+
+    def __init__(self, loop: Loop, python: str, cwd: str | None, environ: Mapping[str, str], call: Callable[[Found], None]) -> None:
         none = subprocess.DEVNULL
         self._process = subprocess.Popen(
             [python, "-P", "-c", _QUESTION],
@@ -90,36 +103,37 @@ class Question:
         assert self._process.stdout is not None
         self._out = self._process.stdout
         self._said = b""
+        self._loop, self._call = loop, call
+        self.due = time.monotonic() + SECONDS
+        loop.want(self._out.fileno(), True, select.POLLIN, self._read)
 
-    def watch(self, loop: Loop, call: Callable[[Found], None]) -> None:
-        """Have the loop read the answer, and then ``call``."""
-        loop.want(self._out.fileno(), True, select.POLLIN, partial(self._read, loop, call))
+    def attend(self, now: float) -> None:
+        """Give up what is too late."""
+        if self.due <= now:
+            self._end()
 
-    def _read(self, loop: Loop, call: Callable[[Found], None]) -> None:
+    def _read(self) -> None:
         data = os.read(self._out.fileno(), READ_BYTES)
         self._said += data
-        if not data:
-            loop.want(self._out.fileno(), False, 0, self.stop)
-            self.stop()
-            call(self._answer())
+        if not data or _ANSWER.search(self._said):
+            self._end()
 
-    def _answer(self) -> Found:
-        try:
-            cupy, gpus, lacks = json.loads(self._said.splitlines()[-1])  # CuPy may have printed something before
-            return Found(cupy, gpus, lacks)
-        except (IndexError, ValueError):
-            return Found(True, 0, f"did not say within {_SECONDS} seconds whether CuPy can be used")
+    def _end(self) -> None:
+        said = _ANSWER.search(self._said)
+        self.stop()
+        self._call(Found(*json.loads(said[1])) if said else Found(True, 0, f"crashed, or took {SECONDS} seconds, when asked for CuPy"))
 
     def stop(self) -> None:
-        """End it; does nothing where it has ended, also where its end was reaped by others."""
-        self._process.kill()
-        self._process.wait()
+        """End it, with what it started; does nothing where it has ended, also where its end was reaped by others."""
+        self._loop.want(self._out.fileno(), False, 0, self._read)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody, or only zombies
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LAST_SECONDS)
         self._out.close()
 
 
-def ask(
-    loop: Loop, command: Sequence[str], cwd: str | None, environ: Mapping[str, str], call: Callable[[Found], None]
-) -> Question | None:
+def ask(loop: Loop, command: Sequence[str], cwd: str | None, environ: Mapping[str, str], call: Callable[[Found], None]) -> Question | None:
     """Find out what the ranks of this host have for NCCL, and ``call`` with it: at once where that is plain, else from the loop.
 
     Args:
@@ -137,29 +151,34 @@ def ask(
         call(Found(False, 0, f"has RT_BACKEND={environ['RT_BACKEND']}"))
     elif python != sys.executable and not os.path.basename(python).startswith("python"):
         call(Found(False, 0, f"runs {os.path.basename(python)}, of which nobody knows whether it is Python"))
-    elif _is_ours(python, environ) and importlib.util.find_spec("cupy") is None:
+    elif _is_ours(python, environ) and not _has_cupy():
         call(_NO_CUPY)
     else:
         try:
-            question = Question(python, cwd, environ)
+            return Question(loop, python, cwd, environ, call)
         except OSError:  # the ranks will not start either, and say so
             call(_NO_CUPY)
-        else:
-            question.watch(loop, call)
-            return question
     return None
 
 
 def _is_ours(python: str, environ: Mapping[str, str]) -> bool:
     """Whether what this process would import is what ``python`` would. One file may be the Python of several environments."""
-    same = os.path.isabs(python) and os.path.dirname(python) == os.path.dirname(sys.executable) and os.path.samefile(python, sys.executable)
+    same = all(of(python) == of(sys.executable) for of in (os.path.dirname, os.path.realpath))
     return same and environ.get("PYTHONPATH") == os.environ.get("PYTHONPATH")
 
 
-def answer() -> None:
-    """Print what this Python, which has CuPy, has for NCCL."""
+def _has_cupy() -> bool:
+    """Whether this Python may have it."""
+    try:
+        return importlib.util.find_spec("cupy") is not None
+    except Exception:  # of somebody's finder of modules: let it break a process of its own
+        return True
+
+
+def answer(told: int) -> None:
+    """Write to a descriptor what this Python, which has CuPy, has for NCCL."""
     from transports import nccl
 
     why = nccl.missing()
     gpus = 0 if why else nccl.load()[0].cuda.runtime.getDeviceCount()
-    print(json.dumps(Found(True, gpus, why and f"cannot have nccl, {why}")))
+    os.write(told, b"rt-found %s\n" % json.dumps(Found(True, gpus, why and f"cannot have nccl, {why}")).encode())

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import rt
 from rt import _ssh
 from rt._frames import Kind
-from rt._launch_backend import Found, decide
+from rt._launch_backend import SECONDS, Found, decide
 from rt._launch_link import Link, RemoteFeed, RemoteRank, Want
 from rt._launch_loop import Loop
 from rt._launch_options import Options
@@ -124,6 +124,10 @@ class Hosts:
         self._grounds = [Ground(address, gpus=(link.hello or {}).get("gpus")) for link, address in self._addresses()]
         self._rows = [row for row in unreachable if row]
         self._asked = [link for link, row in zip(self.links, unreachable, strict=True) if row is None]
+        # For what NCCL needs, with these variables; not where the job will not start anyway.
+        asks = None if self._options.backend or any(unreachable) else travelling(self._options, self._environ)
+        if asks is not None:
+            self._deadline += SECONDS  # a CuPy that takes long makes no host late
         for link, ground in zip(self.links, self._grounds, strict=True):
             if link not in self._asked:
                 continue
@@ -132,7 +136,6 @@ class Hosts:
             addresses = {str(rank): ring_addresses(self._options, rank, ground.address) for rank in ranks if ground.address}
             listen = ground.address if 0 in link.crew.ranks and not uses_ring_file(self._options) else ""
             job = {"command": self._options.command, "cwd": self._options.cwd, "default_cwd": os.getcwd(), "size": self._options.size}
-            asks = None if self._options.backend else travelling(self._options, self._environ)  # for what NCCL needs, with these variables
             link.send(Kind.CHECK, 0, job | {"listen": listen, "addresses": addresses, "asks": asks})
 
     def _unreachable(self, link: Link, late: bool) -> Row | None:

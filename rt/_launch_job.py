@@ -263,6 +263,7 @@ class Job:
         now = time.monotonic()
         times = [stream.due for stream in self._streams]
         times += [self._deadline, self._input.due(now) if self._input else None, self._hosts.due if self._hosts else None]
+        times += [self._question.due if self._question else None]
         if self._plan is None and not self._all_ended():
             times += [self._limit, self._judgement]
         return min((max(0.0, due - now) for due in times if due is not None), default=None)
@@ -272,6 +273,8 @@ class Job:
         for stream in self._streams:
             if stream.due is not None and stream.due <= now:
                 stream.flush()
+        if self._question is not None:
+            self._question.attend(now)
         if self._input is not None:
             self._input.attend(now)
         if self._hosts is not None:

@@ -12,6 +12,7 @@ line, and no file is written. Two rules:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -106,14 +107,18 @@ class Supervisor:
 
     def _patience(self) -> float:
         now = time.monotonic()
-        due = self._deadline if self._plan is not None else min(self._beaten + BEAT_SECONDS, self._heard + SILENCE_SECONDS)
-        return max(0.0, due - now)
+        if self._plan is not None:
+            return max(0.0, self._deadline - now)
+        asked = self._question.due if self._question is not None else math.inf
+        return max(0.0, min(self._beaten + BEAT_SECONDS, self._heard + SILENCE_SECONDS, asked) - now)
 
     def _attend(self, now: float) -> None:
         if self._plan is not None:
             if self._deadline <= now or all(rank.gone for rank in self._ranks.values()):
                 self._advance(now)
             return
+        if self._question is not None:
+            self._question.attend(now)
         if self._out.broken is not None:
             self._lose(_EOF_SECONDS)
         elif self._heard + SILENCE_SECONDS <= now and not self._paused:

@@ -52,6 +52,18 @@ def said(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("rt.launch: backend ")]
 
 
+def told(where: str) -> Found:
+    """Return what our Python says of CuPy if it looks for it there, too."""
+    loop, found = Loop(), list[Found]()
+    question = _launch_backend.ask(loop, [sys.executable], None, environment(PYTHONPATH=where), found.append)
+    while not found:
+        assert question is not None
+        loop.wait(max(0.0, question.due - time.monotonic()))
+        if not found:
+            question.attend(time.monotonic())
+    return found[0]
+
+
 # --- the decision ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +110,9 @@ def test_too_few_gpus(script: Path) -> None:
     [
         ("raise ImportError('libcuda.so.1 is not there')", "which needs a CuPy that can be loaded: libcuda.so.1 is not there"),
         ("print('said on stdout')", "which needs NCCL"),
-        ("import os; os.abort()", "did not say within 10 seconds whether CuPy can be used"),
+        ("import atexit; atexit.register(print, 3)", "which needs NCCL"),
+        ("import subprocess; subprocess.Popen(['sleep', '1000'])", "which needs NCCL"),
+        ("import os; os.abort()", "crashed, or took 10 seconds, when asked for CuPy"),
     ],
 )
 def test_a_cupy_that_is_broken_is_no_reason_to_fail(tmp_path: Path, script: Path, source: str, why: str) -> None:
@@ -174,13 +188,27 @@ def test_a_cupy_that_hangs_holds_up_no_end(tmp_path: Path, script: Path, options
 
 
 def test_a_cupy_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_launch_backend, "_QUESTION", _launch_backend._QUESTION.replace("alarm(10)", "alarm(1)"))
-    there = environment(PYTHONPATH=path(package(tmp_path, "while True: pass")))
-    loop, found = Loop(), list[Found]()
-    assert _launch_backend.ask(loop, [sys.executable], None, there, found.append) is not None
-    while not found:
-        loop.wait(PATIENCE)
-    assert found == [Found(True, 0, "did not say within 10 seconds whether CuPy can be used")]
+    """Also one that no alarm reaches."""
+    monkeypatch.setattr(_launch_backend, "SECONDS", 1)
+    deaf = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])\nwhile True: pass"
+    assert told(path(package(tmp_path, deaf))) == Found(True, 0, "crashed, or took 1 seconds, when asked for CuPy")
+
+
+def test_what_a_cupy_has_started_goes_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    starts = f"import subprocess; open({str(file)!r}, 'w').write(str(subprocess.Popen(['sleep', '1000']).pid))"
+    assert "which needs NCCL" in told(path(package(tmp_path, starts))).lacks
+    assert not Path(f"/proc/{file.read_text()}/cmdline").exists() or not Path(f"/proc/{file.read_text()}/cmdline").read_bytes()
+
+
+def test_a_finder_of_modules_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            raise RuntimeError(f"found no {name}")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    assert told(path()).gpus == 0
 
 
 # --- on many hosts -----------------------------------------------------------------------------------------------------------------------
@@ -231,3 +259,14 @@ def test_a_cupy_that_hangs_elsewhere_goes_with_the_job(tmp_path: Path, script: P
         os.close(told)
         assert (process.returncode, last_line(error)) == (143, "rt.launch: stopped by SIGTERM")
         assert asked.count == 1 and asked.gone(time.monotonic())
+
+
+@far
+def test_a_slow_cupy_makes_no_host_late(tmp_path: Path, script: Path) -> None:
+    slow = package(tmp_path, "import time; time.sleep(6)")
+    with sshd.site(tmp_path, 1, options={0: [f"SetEnv PYTHONPATH={ROOT}:{slow}"]}) as site:
+        source = "import sys; from rt import _launch_hosts, launch; _launch_hosts.READY_SECONDS = 5.0; sys.exit(launch.main())"
+        command = site.command(sys.executable, "-c", source, "--verbose", "--hosts", "host0", "-n2", str(script))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment())
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, RING), done.stderr
+    assert "which needs NCCL" in said(done)[0]
