@@ -177,8 +177,18 @@ def _add_tune(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_files(arguments: argparse.Namespace, group: Any = None) -> None:
+    """Raise now if what is to be written at the end, by rank 0 of a job, cannot be: not after minutes of measuring."""
+    wrong = options.unwritable(arguments) if group is None or group.rank() == 0 else ""
+    if group is not None:
+        wrong = job.shared(group, wrong)[0]
+    if wrong:
+        raise argparse.ArgumentTypeError(wrong)
+
+
 def _tune(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
     if arguments.show is not None:
+        _check_files(arguments)
         table, source = tune.in_force(arguments.show or None)
         return tune.show(table, source), {"source": source, "fingerprint": table.fingerprint, "table": table.document()}, 0
     unknown = [row for row in arguments.rows if row not in tune.ROWS]
@@ -186,6 +196,7 @@ def _tune(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} cannot be tuned; expected some of {', '.join(tune.ROWS)}")
     group = job.join()
     size = options.ranks_of(arguments.n, group and group.size())
+    _check_files(arguments, group)
     known = read(arguments.into, arguments.into) if arguments.into and Path(arguments.into).exists() else None
     found, table = tune.run(arguments.rows or list(tune.ROWS), size, arguments.b, arguments.e, arguments.f, group)
     if group is not None and group.rank() > 0:
@@ -208,10 +219,11 @@ def _measured(arguments: argparse.Namespace) -> measure.Result | None:
     if not hasattr(rt, needs):
         raise BenchError(f"this version of rt has no {needs}")
     group = job.join()
+    wanted = options.options(arguments, group and group.size())
+    _check_files(arguments, group)
     if group is not None:
-        result = job.run(options.options(arguments, group.size()), group)
+        result = job.run(wanted, group)
         return result if group.rank() == 0 else None
-    wanted = options.options(arguments)
     require(wanted.peers)  # now, not after our own groups were started
     if wanted.backend == "jaccl":
         perftest.require()
@@ -221,6 +233,8 @@ def _measured(arguments: argparse.Namespace) -> measure.Result | None:
 def _run_collective(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
     if arguments.plot:
         from bench import plot  # now: matplotlib may be missing, and that should not be found out at the end
+
+        plot.check(arguments.plot)
     started = datetime.now()
     result = _measured(arguments)
     if result is None:
@@ -242,7 +256,9 @@ def _run_simulate(arguments: argparse.Namespace) -> tuple[str, Any, int]:
         return here.text(found), found, 0
     wanted = options_simulate.options(arguments)
     if arguments.plot:
-        from bench import plot_simulate  # now: matplotlib may be missing, and that should not be found out at the end
+        from bench import plot, plot_simulate  # now: matplotlib may be missing, and that should not be found out at the end
+
+        plot.check(arguments.plot)
     rows = simulate.run(wanted)
     if arguments.plot:
         plot_simulate.draw(wanted, [*simulate.over_hosts(wanted), (wanted.machine.hosts, rows)], Path(arguments.plot))
@@ -253,6 +269,9 @@ def run(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
     """Run one command; return its text, its content for JSON and the exit code, or None where another rank of the job tells."""
     if arguments.command in COLLECTIVES:
         return _run_collective(arguments)
+    if arguments.command == "tune":
+        return _tune(arguments)
+    _check_files(arguments)
     if arguments.command == "loop_lag":
         rows = loop_lag.run(arguments.n or 2, arguments.bytes)
         return loop_lag.text(rows), rows, 0
@@ -270,8 +289,6 @@ def run(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
             raise argparse.ArgumentTypeError(f"-o {','.join(arguments.o)}: found dtypes {','.join(arguments.d)}, expected bool or integers")
         rows = kernels.run(arguments.o, arguments.d)
         return kernels.text(rows), rows, 0
-    if arguments.command == "tune":
-        return _tune(arguments)
     if arguments.command == "simulate":
         return _run_simulate(arguments)
     rows = imports.run()

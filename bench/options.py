@@ -1,11 +1,13 @@
 """The options of ``rt.bench COLLECTIVE``: nccl-tests' letters where they mean the same.
 
-May live here: those options, their help, and what is wrong about them. May not: the other commands (``__main__.py``), measuring.
+May live here: those options, their help, and what is wrong about them, or about a file to write. May not: the other commands
+(``__main__.py``), measuring.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -180,3 +182,21 @@ def ranks_of(asked: int | None, job_size: int | None) -> int:
     if asked not in (None, job_size):
         raise argparse.ArgumentTypeError(f"-n {asked}: found a job of {job_size} ranks, and inside a job none are started")
     return job_size
+
+
+def unwritable(arguments: argparse.Namespace) -> str:
+    """Return which option names a file that could not be written in the end, and why; "" if all can be. Leaves files as they are."""
+    for name in ("json", "plot", "output", "into"):
+        path = getattr(arguments, name, None)
+        if path is None or (name == "json" and path == "-"):
+            continue
+        new = not os.path.lexists(path)
+        if not new and not os.path.isfile(path) and not os.path.isdir(path):
+            continue  # a pipe or a device: its reader would see it closed
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))
+        except OSError as error:
+            return f"--{name} {path}: found {error.strerror!r}, expected a file that can be written"
+        if new:
+            os.unlink(path)
+    return ""

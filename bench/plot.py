@@ -5,6 +5,7 @@ May live here: the picture. May not: an import of this file where nothing is dra
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from bench.measure import Result
@@ -18,6 +19,13 @@ except ImportError as error:
 
 _INCHES = (9.0, 5.0)
 _MARKS = "osD^vPX*"
+
+
+def check(path: str) -> None:
+    """Raise ArgumentTypeError if a file's name ends in no kind of picture."""
+    kinds = Figure().canvas.get_supported_filetypes()
+    if (found := Path(path).suffix[1:]) and found.lower() not in kinds:
+        raise argparse.ArgumentTypeError(f"--plot {path}: found a name that ends in .{found}, expected one of {', '.join(sorted(kinds))}")
 
 
 def draw(result: Result, path: Path) -> None:

@@ -21,7 +21,7 @@ import ranks
 
 import rt
 from bench import __main__ as command_line
-from bench import conductor, fused, idle, imports, local, loop_lag, measure, meeting, options, probe
+from bench import conductor, fused, idle, imports, local, loop_lag, measure, meeting, options, probe, simulate, tune
 from bench.collectives import COLLECTIVES
 from bench.samples import Cell
 
@@ -304,6 +304,39 @@ def test_plot_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setattr(local, "run", made_up)
     assert command_line.main(["all_reduce", "--plot", str(tmp_path / "f.png")]) == 0
     assert (tmp_path / "f.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("all_reduce --json {}/no/f.json", "--json {}/no/f.json: found 'No such file or directory', expected a file that can be written"),
+        ("all_reduce -J {}", "--json {}: found 'Is a directory'"),
+        ("all_reduce --plot {}/no/f.png", "--plot {}/no/f.png: found 'No such file or directory'"),
+        ("all_reduce --plot {}/f.what", "--plot {}/f.what: found a name that ends in .what, expected one of "),
+        ("simulate --plot {}/no/f.png", "--plot {}/no/f.png: found 'No such file or directory'"),
+        ("idle --json {}/no/f.json", "--json {}/no/f.json: found 'No such file or directory'"),
+        ("tune barrier --into {}/no/f.json", "--into {}/no/f.json: found 'No such file or directory'"),
+        ("tune barrier --output {}/no/f.json", "--output {}/no/f.json: found 'No such file or directory'"),
+    ],
+)
+def test_files_that_cannot_be_written_are_said_before_anything_is_measured(
+    words: str, hint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (local, simulate, idle, tune):
+        monkeypatch.setattr(module, "run", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(words.format(tmp_path).split())
+    assert caught.value.code == 2
+    assert hint.format(tmp_path) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_looking_at_files_leaves_them_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    there, new = tmp_path / "there.json", tmp_path / "new.png"
+    there.write_text("of before")
+    monkeypatch.setattr(local, "run", lambda _: pytest.fail("measured"))
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        command_line.main(["all_reduce", "-J", str(there), "--plot", str(new)])
+    assert there.read_text() == "of before" and not new.exists()
 
 
 def test_whole_runs_print_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,12 @@ def test_mistakes_are_found_on_every_rank() -> None:
     assert "-n 3: found a job of 2 ranks" in done.stderr
 
 
+def test_a_file_that_rank_0_cannot_write_ends_every_rank_before_it_measures(tmp_path: Path) -> None:
+    done = run([sys.executable, "-m", "rt.launch", "-n", "2", *BENCH, "barrier", "--json", str(tmp_path)])
+    assert done.returncode == 2
+    assert f"--json {tmp_path}: found 'Is a directory'" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_algorithms_are_measured_beside_the_ranks_of_a_job(tmp_path: Path) -> None:
     path, data = tmp_path / "table.json", tmp_path / "found.json"
     words = ["tune", "broadcast", "barrier", "-b", "1K", "-e", "1K", "--output", str(path), "-J", str(data)]
