@@ -1,17 +1,22 @@
 """Which backends there are, which can be used here, and which one ``init`` takes.
 
-May live here: the names of backends, what each needs, the choice. May not: what configures a backend (``config`` and the backends' own
-files), anything that initialises a library.
+May live here: the names of backends, what each needs, the choice, and what ``init`` says where nothing configures one. May not: what
+configures a backend (``config`` and the backends' own files), anything that initialises a library.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 
 from rt.config import RANK_AND_SIZE, Environ
 from rt.errors import ConfigError
 
 BACKENDS = ("any", "mpi", "nccl", "jaccl", "ring")
+# What launchers tell a process of which there are several. SLURM_NTASKS is not: an allocation's shell has it, too.
+_STARTED = (("RT_RANK", "RT_WORLD_SIZE"), *RANK_AND_SIZE[:2], ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("RANK", "WORLD_SIZE"))
+_warned = False
 
 
 def choose_backend(backend: str, environ: Environ = os.environ, strict: bool = False) -> str | None:
@@ -86,8 +91,12 @@ def check_devices(chosen: str | None, keywords: dict[str, object]) -> None:
 
 def numbered_by_mpi(environ: Environ = os.environ) -> bool:
     """Say whether ``mpirun``, ``mpiexec`` or the like started this process as one of several."""
-    sizes = (environ.get(size, "") for _, size in RANK_AND_SIZE[:2])
-    return any(size.isdigit() and int(size) > 1 for size in sizes)
+    return any(_several(environ, size) for _, size in RANK_AND_SIZE[:2])
+
+
+def _several(environ: Environ, size: str) -> bool:
+    value = environ.get(size, "")
+    return value.isascii() and value.isdigit() and int(value) > 1
 
 
 def _if_available(backend: str, strict: bool, found: str) -> str | None:
@@ -99,9 +108,47 @@ def _if_available(backend: str, strict: bool, found: str) -> str | None:
     return None
 
 
-def not_configured(backend: str) -> str:
-    """Return the error of a ``strict`` start that finds nothing."""
-    return (
-        f"init(strict=True, backend={backend!r}): nothing configures a group; expected RT_RANK with RT_HOSTFILE, or RT_RANK, RT_WORLD_SIZE "
-        "and RT_COORDINATOR, or the keywords of the same names; `rt.launch -n 4 program` sets them"
+def settle_for_one(backend: str, strict: bool, environ: Environ = os.environ) -> None:
+    """Allow the group of one that ``init`` makes where nothing configures another. Raises ConfigError if ``strict``.
+
+    Warns, once per process, where a launcher started several: each would be alone, and say nothing. It is no error, because ``RANK`` and
+    ``WORLD_SIZE`` may be anybody's, and one program in a job may do without a group.
+    """
+    global _warned
+    others = _others(backend, environ)
+    if strict:
+        raise ConfigError(
+            f"init(strict=True, backend={backend!r}): nothing configures a group{others and f' ({others})'}; expected RT_RANK with "
+            "RT_HOSTFILE, or RT_RANK, RT_WORLD_SIZE and RT_COORDINATOR, or the keywords of the same names; `rt.launch -n 4 program` sets "
+            "them"
+        )
+    if others and not _warned:
+        warnings.warn(f"this process is a group of one, but {others}", RuntimeWarning, stacklevel=_outside())
+        _warned = True
+
+
+def _others(backend: str, environ: Environ) -> str:
+    """Return what says that a launcher started other processes, why they are no group, and what to do; "" if nothing says so."""
+    rank, size = next((names for names in _STARTED if names[0] in environ and _several(environ, names[1])), ("", ""))
+    if not rank:
+        return ""
+    found = f"found {rank}={environ[rank]} of {size}={environ[size]} processes"
+    if why := unavailable(backend):
+        return f"{found}, and backend {backend!r} cannot be used here, {why}"
+    if backend == "mpi":
+        return f"{found}, of which MPI does not know: start them with mpirun, or `rt.launch --backend mpi`"
+    if rank == "RANK":
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
+        return f"{found}, and nothing that says where they meet: set {' and '.join(missing)}"
+    by_mpi = numbered_by_mpi(environ) and unavailable("mpi")
+    return f"{found}, and nothing that says where they meet: set RT_COORDINATOR=host:port, at which rank 0 is to listen" + (
+        f", or take backend 'mpi', {by_mpi}" if by_mpi else ""
     )
+
+
+def _outside() -> int:
+    """Return the ``stacklevel``, for the function that calls this, of the first frame that is not this package's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "rt":
+        frame, level = frame.f_back, level + 1
+    return level

@@ -199,7 +199,8 @@ def init(
         device: ``jaccl``: the RDMA device that reaches every rank, or ``auto``; see ``docs/rdma.md``.
         all_gather_factory: ``jaccl``: ``factory(rank, size)`` makes ``f(mine, nbytes)``, which exchanges what queue pairs need.
 
-    What is not given comes from ``RT_RANK``, ``RT_HOSTFILE`` and so on; see ``docs``. Nothing configured: a group of one.
+    What is not given comes from ``RT_RANK``, ``RT_HOSTFILE`` and so on; see ``docs``. Nothing configured: a group of one,
+    with a RuntimeWarning where a launcher seems to have started several processes.
 
     Raises:
         ConfigError: configured wrongly; one line that says what was found where, and what was expected.

@@ -25,7 +25,6 @@ from rt.aio import LoopDriver, Work
 from rt.blame import Report, Verdict
 from rt.errors import (
     CollectiveTimeoutError,
-    ConfigError,
     GroupAbortedError,
     GroupBrokenError,
     GroupClosedError,
@@ -415,8 +414,7 @@ def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concur
             return living[chosen].group
         chosen, made = _make(chosen, backend, strict, living, keywords)
         if made is None:
-            if strict:
-                raise ConfigError(backends.not_configured(backend))
+            backends.settle_for_one(backend, strict)
             single: concurrent.futures.Future[CoreGroup] = concurrent.futures.Future()
             single.set_result(CoreGroup(None, [0], 0, "singleton", hash64("singleton")))
             return single

@@ -58,6 +58,73 @@ def test_strict_refuses_a_group_of_one() -> None:
     assert rt.sync.init().size() == 1, "and later calls are not spoilt"
 
 
+_LAUNCHED = [
+    ({"RANK": "1", "WORLD_SIZE": "4"}, "any", "RANK=1 of WORLD_SIZE=4 processes, .* set MASTER_ADDR and MASTER_PORT$"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "ring", "where they meet: set MASTER_PORT$"),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "any", "SLURM_STEP_NUM_TASKS=2 .* set RT_COORDINATOR=host:port"),
+    ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "any", "PMI_SIZE=2 .* RT_COORDINATOR=host:port.*, or take backend 'mpi', which needs mpi4py"),
+    ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "mpi", "backend 'mpi' cannot be used here, which needs mpi4py"),
+    ({"RT_RANK": "1", "RT_WORLD_SIZE": "2", "RT_COORDINATOR": "a:1"}, "mpi", "backend 'mpi' cannot be used here, which needs mpi4py"),
+]
+
+
+@pytest.fixture
+def without_mpi(unconfigured: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
+        unconfigured.delenv(name, raising=False)
+    unconfigured.setattr("transports.mpi.missing", lambda: "which needs mpi4py, and this Python has none")
+    unconfigured.setattr("rt.backends._warned", False)
+    return unconfigured
+
+
+@pytest.mark.parametrize(("environ", "backend", "said"), _LAUNCHED)
+def test_one_of_several_that_settles_for_a_group_of_one_says_so(
+    environ: dict[str, str], backend: str, said: str, without_mpi: pytest.MonkeyPatch
+) -> None:
+    for name, value in environ.items():
+        without_mpi.setenv(name, value)
+    for init in every_init(backend=backend):
+        without_mpi.setattr("rt.backends._warned", False)
+        with pytest.warns(RuntimeWarning, match=f"^this process is a group of one, but found .*{said}") as caught:
+            assert init().size() == 1
+        assert len(caught) == 1 and "\n" not in str(caught[0].message)
+        assert init().size() == 1, "once per process: here a warning is an error"
+    for init in every_init(True, backend):
+        with pytest.raises(rt.ConfigError, match=f"cannot be used|mpi4py|nothing configures a group .found .*{said.rstrip('$')}"):
+            init()
+
+
+def test_the_warning_points_at_who_called(without_mpi: pytest.MonkeyPatch) -> None:
+    without_mpi.setenv("RANK", "0")
+    without_mpi.setenv("WORLD_SIZE", "2")
+
+    async def main() -> None:
+        await rt.init()
+
+    for call in (rt.sync.init, lambda: rt.sync.all_sum(1), lambda: asyncio.run(main())):
+        without_mpi.setattr("rt.backends._warned", False)
+        with pytest.warns(RuntimeWarning, match="RANK=0") as caught:
+            call()
+        assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        {"WORLD_SIZE": "4"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "many"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1"},
+    ],
+)
+def test_one_that_is_alone_says_nothing(environ: dict[str, str], without_mpi: pytest.MonkeyPatch) -> None:
+    for name, value in environ.items():
+        without_mpi.setenv(name, value)
+    assert rt.sync.init().size() == 1
+
+
 @pytest.mark.usefixtures("unconfigured")
 def test_unknown_backend() -> None:
     for init in every_init(backend="bogus"):
