@@ -338,7 +338,8 @@ class CoreGroup:
 
         def make(work: Work, later: bool = False) -> GroupBrokenError:
             got = f" after {work.received} B" if work.received else ""
-            return kind(self._told(work, later, text + got), group=self.name, culprit=culprit, work=work.describe())
+            earlier = "the group failed earlier: " if later else ""
+            return kind(self._told(work, later, earlier + text + got), group=self.name, culprit=culprit, work=work.describe())
 
         return make
 
@@ -348,7 +349,7 @@ class CoreGroup:
 
     def _told(self, work: Work, later: bool, text: str) -> str:
         """Return the message of a failure for a work that it ended, or for a ``later`` call, which has no number and is not to blame."""
-        about = f"{work.what} ({work.about}): the group failed earlier" if later else work.describe() if work.what else f"group {self.name}"
+        about = f"{work.what} ({work.about})" if later else work.describe() if work.what else f"group {self.name}"
         where = f" of {self.name}" if work.what and self.name != "world" else ""
         return f"rank {self.rank}/{self.size}{where}: {about}: {text}"
 
