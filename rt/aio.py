@@ -135,6 +135,8 @@ class Work(_fastpath.Work):
 
     def __getattr__(self, name: str) -> Any:
         hint = "" if name.startswith("_") else f"; its result may have: `await` it first, it is {self!r}"
+        if hint and hasattr(asyncio.Future, name):  # asyncio.wait asks for them
+            hint = "; it can be awaited, but is no asyncio.Future: `asyncio.gather(work)` and `asyncio.ensure_future(work)` make one of it"
         raise AttributeError(f"a Work has no {name!r}{hint}", name=name, obj=self)
 
     def limit(self, seconds: float) -> None:

@@ -42,6 +42,8 @@ async def work_object(rt: Any, group: Any, ctl: Any) -> None:
         return
     waiting = rt.recv(3, np.float32, 1)
     assert not waiting.done() and repr(waiting) == "<rt.Work recv #0 (float32, 12 B) in flight>", waiting
+    with pytest.raises(AttributeError, match=r"no 'add_done_callback'; .* no asyncio.Future: .* `asyncio.ensure_future\(work\)`"):
+        await asyncio.wait([waiting])
     with pytest.raises(AttributeError, match=r"a Work has no 'shape'; its result may have: `await` it first, it is <rt.Work recv #0 "):
         _ = waiting.shape
     assert not hasattr(waiting, "__array__")
