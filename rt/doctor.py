@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rt import _doctor_job, _doors, interfaces
 from rt._doctor_findings import judge
@@ -19,6 +20,10 @@ from rt._doctor_show import as_json, show
 from rt.errors import ConfigError
 from rt.hostfile import Host, parse_hosts, read_hostfile
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_ENOUGH = 1 << 16  # columns
 _DESCRIPTION = """\
 Answer two questions: why is it slow (or does not even connect), and why is it stuck?
 
@@ -96,9 +101,7 @@ def _examine(hosts: Sequence[Host], python: str, choice: interfaces.Choice | Non
     if as_text:
         print(as_json(examination.hosts, examination.links, findings))
     else:
-        from rich.console import Console
-
-        show(Console(), examination.hosts, examination.links, findings)
+        show(_console(), examination.hosts, examination.links, findings)
     return 1 if findings else 0
 
 
@@ -109,9 +112,7 @@ def _rdma(as_text: bool) -> int:
     if as_text:
         print(_doctor_rdma.as_json(found, why))
     else:
-        from rich.console import Console
-
-        _doctor_rdma.show(Console(), found, why)
+        _doctor_rdma.show(_console(), found, why)
     return 0 if any(port["usable"] for port in found) else 1
 
 
@@ -133,12 +134,17 @@ def _ask(options: argparse.Namespace) -> int:
     if options.json:
         print(_doctor_job.as_json(reports, unasked))
     elif reports:
-        from rich.console import Console
-
-        _doctor_job.show(Console(), reports)
+        _doctor_job.show(_console(), reports)
     if not reports:
         _say(f"no job of yours {f'whose identity begins with {options.job} ' if options.job else ''}has a rank on {where}")
     return 0 if reports else 1
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Into a pipe or a file rich would cut tables at 80 columns, and with them addresses.
+    return Console(width=None if sys.stdout.isatty() else _ENOUGH)
 
 
 def _say(text: str) -> None:

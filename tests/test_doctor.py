@@ -5,12 +5,14 @@ May live here: what needs no other host. May not: real hosts (``test_doctor_host
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 from launching import Terminal, read_until
 from macs import executable
 
-from rt import _doctor_probes
+from rt import _doctor_probes, doctor
 from rt._doctor_findings import Finding, judge, show_rate, show_time, slowest
 from rt._doctor_network import HostReport, LinkReport, rounds
 from rt._doctor_probes import RemoteProbe, Silent
@@ -238,6 +240,20 @@ def test_a_probe_that_cannot_do_what_it_is_asked() -> None:
 def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rt.doctor", *words]
     return subprocess.run(command, env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+def test_nothing_is_cut_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    address = "2001:db8:1111:2222:3333:4444:5555:6666"
+    there = [Interface("enp0s31f6np0", (f"{address}/64",), 1500)]
+
+    reports = [host(0, name="a-host-with-a-long-name.example.org", addresses=[address], interfaces=there)]
+    found = types.SimpleNamespace(hosts=reports, links=[], run=lambda: None)
+    monkeypatch.setattr(doctor, "RemoteProbe", lambda *_: None)
+    monkeypatch.setattr(doctor, "Examination", lambda *_: contextlib.nullcontext(found))
+    assert doctor.main(["--hosts", "h0"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"a-host-with-a-long-name.example.org .* {address} +enp0s31f6np0 +1500 +ssh", said), said
 
 
 def test_this_host_alone() -> None:

@@ -22,7 +22,7 @@ PATIENCE = 60.0
 
 
 def doctor(site: sshd.Site, *words: str) -> tuple[int, str, str]:
-    command = site.command("env", f"PYTHONPATH={ROOT}", "COLUMNS=200", sys.executable, "-m", "rt.doctor", *words)
+    command = site.command("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "rt.doctor", *words)
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     return done.returncode, done.stdout, done.stderr
 

@@ -37,7 +37,7 @@ fronts = pytest.mark.parametrize("front", FRONTS)
 
 def doctor(*words: str, on: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     command = [*on, sys.executable, "-m", "rt.doctor", "--job", *words]
-    env = {**os.environ, "PYTHONPATH": ROOT, "COLUMNS": "200"}
+    env = {**os.environ, "PYTHONPATH": ROOT}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 

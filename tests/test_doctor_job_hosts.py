@@ -40,7 +40,7 @@ rt.init()
 
 
 def doctor(site: sshd.Site, *words: str) -> subprocess.CompletedProcess[str]:
-    command = site.command("env", f"PYTHONPATH={ROOT}", "COLUMNS=200", sys.executable, "-m", "rt.doctor", "--job", *words)
+    command = site.command("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "rt.doctor", "--job", *words)
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
