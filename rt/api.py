@@ -9,6 +9,8 @@ A front end is an ``Api`` whose ``_run`` finds the group of a call and hands out
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -29,18 +31,20 @@ def _objects() -> Any:
 
 
 class Api(Generic[R]):
-    """Collectives on the world or on ``group``.
+    """Collectives on the world or on ``group``: ``rt``'s return an awaitable of the result, ``rt.sync``'s block and return the result.
 
-    Keyword arguments that every call takes:
+    Keyword arguments that calls take:
 
     Args:
         group: a ``Group`` of either front end; None: the world, formed now if it was not (as ``init()`` does).
         stream: of CuPy, on which the call is made, instead of the current one (backend ``nccl``); None elsewhere.
-        out: C-contiguous array that receives the result and is returned: of NumPy, a torch tensor, or a writable buffer (``bytearray``,
-            ``array.array``, ``memoryview``, ...). It may be x itself or, for the gathers and scatters, in place by NCCL's rules (x is
-            this rank's block of out, or out is this rank's block of x). Any other overlap with x is a ValueError.
+        out: C-contiguous array, of the result's shape and dtype, that receives the result and is returned: of NumPy, a torch tensor, or a
+            writable buffer (``bytearray``, ``array.array``, ``memoryview``, ...). It may be x itself or, for the gathers and scatters, in
+            place by NCCL's rules (x is this rank's block of out, or out is this rank's block of x). Any other overlap with x is a
+            ValueError.
         timeout: seconds until the call fails with ``CollectiveTimeoutError`` and breaks the group; None: the group's, default for ever.
         key: kept for order-free matching; must be None.
+        tag: of messages: an integer of 64 bits with sign. Those under different tags do not wait for each other.
 
     Arrays may be NumPy's, torch's, MLX's or JAX's, on the CPU, or of whatever speaks DLPack or the buffer protocol. They are read where
     they lie (what is not contiguous is copied once), and the result is of x's kind; what has no kind of its own to give back gives
@@ -48,7 +52,8 @@ class Api(Generic[R]):
     arrays, subclasses, torch tensors that require grad (unless under ``torch.no_grad()``), arrays that JAX is tracing. Groups of backend
     ``nccl`` also take arrays of CuPy on their rank's device, and answer with such.
 
-    Every call may raise ``GroupBrokenError`` (one of its kinds), ``GroupClosedError``, and TypeError or ValueError for bad arguments.
+    Every call may raise ``GroupBrokenError`` (one of its kinds: ``PeerLostError``, ``MismatchError``, ``CollectiveTimeoutError``, ...),
+    ``GroupClosedError``, and TypeError or ValueError for bad arguments, which leave the group usable.
     Calls are matched between ranks in the order in which each rank makes them: call order is wire order.
     """
 
@@ -316,6 +321,25 @@ class Api(Generic[R]):
     def all_gather_objects(self, obj: Any, *, group: Any = None, timeout: float | None = None) -> R:
         """Return the list of the ranks' objects, in rank order; this rank's own is ``obj``. See ``send_object``, also about trust."""
         return self._run(group, lambda core, x, _: _objects().all_gather_objects(core, x), obj, None, timeout, None, None)
+
+
+_SAID = {name: inspect.cleandoc(call.__doc__ or "") for name, call in vars(Api).items() if not name.startswith("_")}
+
+
+def complete(calls: type) -> None:
+    """Have the documentation of a class' calls say all that ``Api``'s says, of each and of all of them: ``help()`` shows one at a time."""
+    if Api.__doc__ is None:  # python -OO
+        return
+    *_, keywords, of_arrays, of_errors = inspect.cleandoc(Api.__doc__).split("\n\n")
+    entries = dict(re.findall(r"^ {4}((\w+):.*(?:\n {8}.*)*)", keywords, re.M))
+    for name, said in _SAID.items():
+        call = vars(calls)[name]
+        takes = [entry for entry, keyword in entries.items() if keyword in call.__kwdefaults__]
+        about = [of_arrays, of_errors] if "stream" in call.__kwdefaults__ and name != "barrier" else [of_errors]
+        call.__doc__ = "\n\n".join([said, "\n    ".join(["Keyword Args:", *takes]), *about])
+
+
+complete(Api)
 
 
 def check_common(timeout: float | None, key: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Generic
 
-from rt.api import Api, R
+from rt.api import Api, R, complete
 from rt.group import CoreGroup
 
 
@@ -178,6 +178,9 @@ class Group(Generic[R]):
     def all_gather_objects(self, obj: Any, *, timeout: float | None = None) -> R:
         """As ``rt.all_gather_objects`` on this group."""
         return self._api.all_gather_objects(obj, group=self, timeout=timeout)
+
+
+complete(Group)
 
 
 def core_of(group: Any) -> CoreGroup:

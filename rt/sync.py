@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import rt
 from rt import _fastpath, collectives, world
 from rt.aio import Work
 from rt.api import Api, Start, check_common
@@ -182,30 +183,7 @@ def init(
     device: str | None = None,
     all_gather_factory: Callable[[int, int], Callable[[bytes, int], bytes]] | None = None,
 ) -> Group:
-    """Form the group of all ranks, or return it if it has formed; block until the others are there.
-
-    Args:
-        strict: an error instead of a group of one if nothing is configured.
-        backend: ``ring``; ``mpi``, of processes that ``mpirun`` or the like started; ``nccl``, for arrays of CuPy; or ``any``: what was
-            started first, else what ``RT_BACKEND`` says, else NCCL where MLX's variables for it are set, else the ring where something
-            configures it, else MPI where it started several processes.
-        rank, world_size, coordinator: this process, how many there are, ``host:port`` where rank 0 listens.
-        hostfile: instead of a coordinator: JSON list of lists of ``ip:port``, one list per rank, one connection per address.
-        connections_per_ip: sockets between two ranks (with a coordinator).
-        connect_timeout: seconds until the ranks must have met (60).
-        timeout: seconds a collective may take by default (for ever).
-        secret: what connections prove to know.
-        shm: False to go over TCP between ranks of one host, too, instead of through shared memory.
-        device: ``jaccl``: the RDMA device that reaches every rank, or ``auto``; see ``docs/rdma.md``.
-        all_gather_factory: ``jaccl``: ``factory(rank, size)`` makes ``f(mine, nbytes)``, which exchanges what queue pairs need.
-
-    What is not given comes from ``RT_RANK``, ``RT_HOSTFILE`` and so on; see ``docs``. Nothing configured: a group of one,
-    with a RuntimeWarning where a launcher seems to have started several processes.
-
-    Raises:
-        ConfigError: configured wrongly; one line that says what was found where, and what was expected.
-        RendezvousError: not all ranks came in time; names the missing ones and the addresses tried.
-    """
+    """Form the group of all ranks, or return it if it has formed. See ``rt.init`` for arguments and errors."""
     future = world.start(
         backend, strict, rank=rank, world_size=world_size, coordinator=coordinator, hostfile=hostfile,
         connections_per_ip=connections_per_ip, connect_timeout=connect_timeout, timeout=timeout, secret=secret,
@@ -246,20 +224,9 @@ def size() -> int:
 def average_gradients(
     gradients: Any, group: Any = None, all_reduce_size: int = BUCKET_BYTES, communication_type: Any = None, communication_stream: Any = None
 ) -> Any:
-    """Average a tree of arrays over all ranks; shapes, dtypes and structure stay.
-
-    Args:
-        gradients: any pytree (dicts, lists, tuples, ...) of floating or complex arrays, of any kinds.
-        group: None: the world.
-        all_reduce_size: leaves are joined into buckets of at least this many bytes, one per dtype; 0 or less: one collective per leaf.
-        communication_type: dtype to communicate in; results are cast back.
-        communication_stream: must be None on this backend.
-
-    In a group of one the very same tree is returned.
-
-    Raises:
-        MismatchError: leaves have other names (keys, attributes, places in lists), shapes or dtypes on another rank.
-        TypeError: a leaf is no floating or complex array.
-    """
+    """Average a tree of arrays over all ranks; see ``rt.average_gradients``."""
     start = averaging(all_reduce_size, communication_type)
     return _api._run(group, start, gradients, None, None, communication_stream, None)
+
+
+init.__doc__, average_gradients.__doc__ = rt.init.__doc__, rt.average_gradients.__doc__

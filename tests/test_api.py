@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,6 +92,28 @@ def test_average_gradients_has_the_arguments_of_mlx() -> None:
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ("init", "rank", "size")])
 def test_every_call_is_documented(name: str) -> None:
     assert getattr(rt, name).__doc__ and getattr(rt.sync, name).__doc__
+
+
+@pytest.mark.parametrize("name", [*OPS, *OBJECTS])
+def test_the_help_of_every_call_says_all_that_it_takes_and_raises(name: str) -> None:
+    for call in (getattr(rt, name), getattr(rt.sync, name), getattr(rt.Group, name), getattr(rt.sync.Group, name)):
+        said = inspect.getdoc(call) or ""
+        taken = {p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        assert set(re.findall(r"^ {4}(\w+): ", said.partition("Keyword Args:")[2], re.M)) == taken
+        assert "timeout: seconds until" in said and "GroupBrokenError" in said and "TypeError" in said
+        assert said.startswith(inspect.getdoc(getattr(rt, name)).partition("\n")[0]), "methods say what the call does"
+
+
+def test_the_help_of_both_front_ends_is_whole() -> None:
+    assert inspect.getdoc(rt.init) == inspect.getdoc(rt.sync.init) and "connect_timeout: seconds" in str(inspect.getdoc(rt.init))
+    assert inspect.getdoc(rt.average_gradients) == inspect.getdoc(rt.sync.average_gradients)
+    assert "MismatchError" in str(inspect.getdoc(rt.average_gradients))
+
+
+def test_everything_works_where_python_drops_documentation() -> None:
+    code = "import rt.sync as rt; print(rt.all_reduce.__doc__, rt.all_sum(2))"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "None 2\n", done.stderr
 
 
 # ---- arguments that are refused -------------------------------------------------------------------------------------------------------
