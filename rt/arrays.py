@@ -111,7 +111,7 @@ def _torch(torch: Any, x: Any, what: str) -> View:
         raise TypeError(_elsewhere(what, f"tensor is on {x.device}", "x.cpu(), and result.to(x.device) afterwards"))
     if x.is_conj() or x.is_neg():
         raise TypeError(f"{what}: the tensor is a lazy conjugate or negative; pass x.resolve_conj().resolve_neg()")
-    dtype = np.dtype(dtype_of(x.dtype))
+    dtype = dtype_of(x.dtype, what)
     if dtype.kind == "V":  # bfloat16, which torch does not show to NumPy
         return View(x.detach().view(torch.int16).numpy().view(dtype), lambda r: torch.from_numpy(r.view(np.int16)).view(torch.bfloat16))
     return View(x.detach().numpy(), torch.from_numpy)
@@ -162,18 +162,22 @@ def _elsewhere(what: str, where: str, remedy: str) -> str:
     return f"{what}: the {where}, and this backend moves host memory: pass {remedy}"
 
 
-def dtype_of(dtype: Any) -> Any:
-    """Return a dtype of torch or MLX as NumPy's; any other as it is (JAX's are NumPy's).
+def dtype_of(dtype: Any, what: str) -> np.dtype[Any]:
+    """Return a dtype of NumPy's, torch's or MLX's as NumPy's (JAX's are NumPy's).
 
     Raises:
-        TypeError: it is none that collectives carry.
+        TypeError: it is none; one of torch's or MLX's that collectives do not carry.
     """
     if type(dtype).__module__ not in ("torch", "mlx.core"):
-        return dtype
+        try:
+            found: np.dtype[Any] = np.dtype("nothing" if dtype is None else dtype)  # NumPy takes None for float64
+        except TypeError:
+            raise TypeError(f"{what}: expected a dtype of NumPy's, torch's, MLX's or JAX's, got {dtype!r}") from None
+        return found
     name = str(dtype).rpartition(".")[2]
     if name.upper() not in DType.__members__:
         known = ", ".join(code.name.lower() for code in DType)
-        raise TypeError(f"dtype {dtype} is not supported by collectives; supported: {known}")
+        raise TypeError(f"{what}: dtype {dtype} is not supported by collectives; supported: {known}")
     return numpy_dtype(DType[name.upper()])
 
 
@@ -274,7 +278,7 @@ def aliasing(x: Any, items: Array, out: Array, what: str, allowed: set[tuple[int
 def form(x: Any, what: str, group: CoreGroup) -> tuple[Array, Wrap | None]:
     """Return an array of whose form results are to be, and what makes of them arrays of x's kind."""
     items, wrap, _ = view(x, what, group)
-    code_of(items.dtype)
+    code_of(items.dtype, what)
     return items, wrap
 
 

@@ -29,7 +29,7 @@ def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_red
     if known is not None:
         group.follow(known.status)
         return known
-    code = _operator(op)
+    code = _operator(op, what)
     if isinstance(x, (list, tuple)):
         from rt import fused  # 4 ms, which ``import rt`` is spared
 
@@ -37,12 +37,12 @@ def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_red
     work = Work(group)
     array = _array(x, what, work)
     if group.size == 1:
-        check_op(code_of(array.dtype), code, what)
+        check_op(code_of(array.dtype, what), code, what)
         return _alone(work, x, array, out, what)
     target = _target(out, array.shape, array, what, work)
     alias = (0, 0) if target is array else _aliasing(x, array, target, what, {(0, 0)})
     work.result = target
-    dtype = code_of(array.dtype)
+    dtype = code_of(array.dtype, what)
     check_op(dtype, code, what)
     call = Call(Collective.ALL_REDUCE, dtype, code, array.shape, array.size, alias=alias)
     group.submit(what, call, array, target, work)
@@ -80,7 +80,7 @@ def all_gather(group: CoreGroup, x: Any, out: Any) -> Work:
         return known
     work = Work(group)
     array = _array(x, "all_gather", work)
-    dtype = code_of(array.dtype)
+    dtype = code_of(array.dtype, "all_gather")
     if group.size == 1:
         return _alone(work, x, array, out, "all_gather")
     shape = _gathered_shape(array.shape, group)
@@ -96,13 +96,13 @@ def all_gather(group: CoreGroup, x: Any, out: Any) -> Work:
 
 def sum_scatter(group: CoreGroup, x: Any, op: str, out: Any) -> Work:
     """Start a reduce-scatter: this rank's block, along axis 0, of the reduction."""
-    code = _operator(op)
+    code = _operator(op, "sum_scatter")
     known = again(group, x, out, "sum_scatter", _SUM_SCATTER[code])
     if known is not None:
         return known
     work = Work(group)
     array = _array(x, "sum_scatter", work)
-    dtype = code_of(array.dtype)
+    dtype = code_of(array.dtype, "sum_scatter")
     check_op(dtype, code, "sum_scatter")
     if group.size == 1:
         return _alone(work, x, array, out, "sum_scatter")
@@ -120,9 +120,9 @@ def sum_scatter(group: CoreGroup, x: Any, op: str, out: Any) -> Work:
 def scan(group: CoreGroup, x: Any, op: str, out: Any, what: str = "scan") -> Work:
     """Start a prefix reduction over the ranks: of ranks 0 to this one, or as ``exscan`` to the one before."""
     work = Work(group)
-    code = _operator(op)
+    code = _operator(op, what)
     array = _array(x, what, work)
-    dtype = code_of(array.dtype)
+    dtype = code_of(array.dtype, what)
     if code is Op.MEAN:
         raise ValueError(f"{what}: op must be one of {', '.join(op for op in OPS if op != 'mean')}, not {op!r}")
     check_op(dtype, code, what)
@@ -163,13 +163,13 @@ def _identity(dtype: DType, op: Op) -> Any:
 
 def broadcast(group: CoreGroup, x: Any, root: int, out: Any) -> Work:
     """Start a broadcast of the root's x; the others pass an array of the same shape and dtype, whose content does not matter."""
-    root = _rank(root, group, "root")
+    root = _rank(root, group, "root", "broadcast")
     known = again(group, x, out, "broadcast", known_as(Collective.BROADCAST, root=root))
     if known is not None:
         return known
     work = Work(group)
     array = _array(x, "broadcast", work)
-    dtype = code_of(array.dtype)
+    dtype = code_of(array.dtype, "broadcast")
     if group.size == 1:
         return _alone(work, x, array, out, "broadcast")
     target = _target(out, array.shape, array, "broadcast", work)
@@ -200,10 +200,10 @@ def send(group: CoreGroup, x: Any, dst: int, tag: int) -> Work:
         return known
     work = Work(group)
     array = _array(x, "send", work)
-    dtype = code_of(array.dtype)
-    peer = _peer(dst, group, "send to", "destination")
+    dtype = code_of(array.dtype, "send")
+    peer = _peer(dst, group, "send to", "destination", "send")
     work.result = _itself(work, x, array)
-    call = Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=peer, tag=_tag(tag))
+    call = Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=peer, tag=_tag(tag, "send"))
     group.submit("send", call, array, None, work)
     _remember_message(group, call, array if array is x else None)
     return work
@@ -211,14 +211,14 @@ def send(group: CoreGroup, x: Any, dst: int, tag: int) -> Work:
 
 def recv(group: CoreGroup, shape: Any, dtype: Any, src: int, out: Any, tag: int) -> Work:
     """Start a receive of an array of the given shape and dtype."""
-    code = code_of(arrays.dtype_of(dtype))
+    code = code_of(arrays.dtype_of(dtype, "recv"), "recv")
     known: Work | None = group.known.recv(Collective.RECV, shape, numpy_dtype(code), src, out, tag, BUDGET_BYTES)
     if known is not None:
         group.follow(known.status)
         return known
     work = Work(group)
-    peer = _peer(src, group, "recv from", "source")
-    sides = _shape(shape)
+    peer = _peer(src, group, "recv from", "source", "recv")
+    sides = _shape(shape, "recv")
     return _receive(group, work, _target(out, sides, None, "recv", work, numpy_dtype(code)), code, peer, tag, "recv")
 
 
@@ -230,13 +230,14 @@ def recv_like(group: CoreGroup, x: Any, src: int, out: Any, tag: int) -> Work:
         return known
     work = Work(group)
     like, work.hand_out = arrays.form(x, "recv_like", group)
-    peer = _peer(src, group, "recv from", "source")
-    return _receive(group, work, _target(out, like.shape, like, "recv_like", work), code_of(like.dtype), peer, tag, "recv_like")
+    peer = _peer(src, group, "recv from", "source", "recv_like")
+    target = _target(out, like.shape, like, "recv_like", work)
+    return _receive(group, work, target, code_of(like.dtype, "recv_like"), peer, tag, "recv_like")
 
 
 def _receive(group: CoreGroup, work: Work, target: np.ndarray[Any, Any], code: DType, peer: int, tag: int, what: str) -> Work:
     work.result = target
-    call = Call(Collective.RECV, code, Op.SUM, target.shape, target.size, root=peer, tag=_tag(tag))
+    call = Call(Collective.RECV, code, Op.SUM, target.shape, target.size, root=peer, tag=_tag(tag, what))
     group.submit(what, call, None, target, work)
     _remember_message(group, call, target)
     return work
@@ -251,13 +252,13 @@ def sendrecv(group: CoreGroup, x: Any, dst: int, src: int, out: Any, tag: int) -
         return _both(*known)
     sent, work = Work(group), Work(group)
     array = _array(x, "sendrecv", sent)
-    dtype, number = code_of(array.dtype), _tag(tag)
-    to, origin = _peer(dst, group, "send to", "destination"), _peer(src, group, "recv from", "source")
+    dtype, number = code_of(array.dtype, "sendrecv"), _tag(tag, "sendrecv")
+    to, origin = _peer(dst, group, "send to", "destination", "sendrecv"), _peer(src, group, "recv from", "source", "sendrecv")
     like = array if out is None else arrays.form(out, "sendrecv", group)[0]
     target = _target(out, like.shape, like, "sendrecv", work)
     if out is None:
         work.hand_out = sent.hand_out
-    arrives = code_of(target.dtype)
+    arrives = code_of(target.dtype, "sendrecv")
     if np.may_share_memory(array, target):  # two works know nothing of each other's memory
         array, sent.borrows_source = arrays.copy(array), False
     work.result = target
@@ -287,11 +288,11 @@ def _remember_message(group: CoreGroup, call: Call, x: Any) -> None:
 
 # -- arguments ------------------------------------------------------------------------------------------------------------------------
 
-def _operator(op: str) -> Op:
+def _operator(op: str, what: str) -> Op:
     try:
         return OPS[op]
     except (KeyError, TypeError):
-        raise ValueError(f"op must be one of {', '.join(OPS)}, not {op!r}") from None
+        raise ValueError(f"{what}: op must be one of {', '.join(OPS)}, not {op!r}") from None
 
 
 def _gathered_shape(shape: tuple[int, ...], group: CoreGroup) -> tuple[int, ...]:
@@ -332,46 +333,46 @@ def _itself(work: Work, x: Any, array: np.ndarray[Any, Any]) -> Any:
     return x if isinstance(x, np.ndarray) or wrapped is not None else array
 
 
-def _rank(rank: Any, group: CoreGroup, name: str) -> int:
+def _rank(rank: Any, group: CoreGroup, name: str, what: str) -> int:
     try:
         value = operator.index(rank)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, not {type(rank).__name__}") from None
+        raise TypeError(f"{what}: {name} must be an integer, not {type(rank).__name__}") from None
     if not 0 <= value < group.size:
-        raise ValueError(f"Invalid {name}={value} for a group of size {group.size}")
+        raise ValueError(f"{what}: Invalid {name}={value} for a group of size {group.size}")
     return value
 
 
-def _peer(rank: Any, group: CoreGroup, doing: str, name: str) -> int:
+def _peer(rank: Any, group: CoreGroup, doing: str, name: str, what: str) -> int:
     if group.size == 1:
-        raise ValueError(f"Cannot {doing} a singleton group")
-    peer = _rank(rank, group, name)
+        raise ValueError(f"{what}: Cannot {doing} a singleton group")
+    peer = _rank(rank, group, name, what)
     if peer == group.rank:
-        raise ValueError(f"Invalid {name}={peer}: a rank cannot {doing} itself")
+        raise ValueError(f"{what}: Invalid {name}={peer}: a rank cannot {doing} itself")
     return peer
 
 
-def _tag(tag: Any) -> int:
-    return _int64(tag, "tag")
+def _tag(tag: Any, what: str) -> int:
+    return _int64(tag, "tag", what)
 
 
-def _int64(value: Any, name: str) -> int:
+def _int64(value: Any, name: str, what: str) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+        raise TypeError(f"{what}: {name} must be an integer, not {type(value).__name__}") from None
     if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{name} must fit into 64 bits, got {number}")
+        raise ValueError(f"{what}: {name} must fit into 64 bits, got {number}")
     return number
 
 
-def _shape(shape: Any) -> tuple[int, ...]:
+def _shape(shape: Any, what: str) -> tuple[int, ...]:
     try:
         sides = (operator.index(shape),) if not isinstance(shape, (tuple, list)) else tuple(operator.index(side) for side in shape)
     except TypeError:
-        raise TypeError(f"shape must be a sequence of integers, not {shape!r}") from None
+        raise TypeError(f"{what}: shape must be a sequence of integers, not {shape!r}") from None
     if any(side < 0 for side in sides):
-        raise ValueError(f"shape must not have negative sides, got {sides}")
+        raise ValueError(f"{what}: shape must not have negative sides, got {sides}")
     return sides
 
 
@@ -383,7 +384,7 @@ _SPLIT = 1  # tag in the signature of the all-gather behind split: it must not b
 def split(group: CoreGroup, color: int, key: int) -> tuple[Work, int]:
     """Start to exchange the colors and keys of a split; ``split_group`` makes the group from the result and the number of the split."""
     work = Work(group)
-    mine = np.array([_int64(color, "color"), _int64(key, "key")], np.int64)
+    mine = np.array([_int64(color, "color", "split"), _int64(key, "key", "split")], np.int64)
     if group.size == 1:
         work.finish(mine.reshape(1, 2))
         return work, 0

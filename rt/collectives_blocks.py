@@ -26,11 +26,11 @@ _ALL_TO_ALL = known_as(Collective.ALL_TO_ALL)
 def reduce(group: CoreGroup, x: Any, op: str, root: int, out: Any) -> Work:
     """Start a reduction to one rank; the result has x's shape there and is None elsewhere."""
     work = Work(group)
-    code = _operator(op)
+    code = _operator(op, "reduce")
     array = _array(x, "reduce", work)
-    dtype = code_of(array.dtype)
+    dtype = code_of(array.dtype, "reduce")
     check_op(dtype, code, "reduce")
-    root = _rank(root, group, "root")
+    root = _rank(root, group, "root", "reduce")
     if group.size == 1:
         return _alone(work, x, array, out, "reduce")
     target, alias = None, None
@@ -48,8 +48,8 @@ def gather(group: CoreGroup, x: Any, root: int, out: Any, counts: Any = None) ->
     what = "gather" if counts is None else "gather_v"
     work = Work(group)
     array = _array(x, what, work)
-    dtype = code_of(array.dtype)
-    root = _rank(root, group, "root")
+    dtype = code_of(array.dtype, what)
+    root = _rank(root, group, "root", what)
     rows = None if counts is None else _own_rows(counts, array.shape, group, what)
     if group.size == 1:
         return _alone(work, x, array, out, what)
@@ -72,9 +72,9 @@ def scatter(group: CoreGroup, x: Any, root: int, out: Any, counts: Any = None) -
     """Start a scatter: this rank's block, along axis 0, of the root's x."""
     what = "scatter" if counts is None else "scatter_v"
     work = Work(group)
-    root = _rank(root, group, "root")
+    root = _rank(root, group, "root", what)
     mine = group.rank == root
-    rows = None if counts is None else _counts(counts, group, "counts")
+    rows = None if counts is None else _counts(counts, group, "counts", what)
     shape, like, array = _whole(group, x, out, rows, mine, work, what)
     dtype = like.dtype
     if rows is not None:
@@ -87,9 +87,9 @@ def scatter(group: CoreGroup, x: Any, root: int, out: Any, counts: Any = None) -
     alias = _aliasing(x, array, target, what, {(0, start)}) if array is not None else None
     work.result = target
     if rows is None:
-        call = Call(Collective.SCATTER, code_of(dtype), Op.SUM, shape, target.size, root=root, alias=alias)
+        call = Call(Collective.SCATTER, code_of(dtype, what), Op.SUM, shape, target.size, root=root, alias=alias)
     else:
-        call = Call(Collective.SCATTER_V, code_of(dtype), Op.SUM, shape, math.prod(shape), root=root, counts=rows, alias=alias)
+        call = Call(Collective.SCATTER_V, code_of(dtype, what), Op.SUM, shape, math.prod(shape), root=root, counts=rows, alias=alias)
     group.submit(what, call, array, target, work)
     return work
 
@@ -117,7 +117,7 @@ def all_to_all(group: CoreGroup, x: Any, out: Any) -> Work:
         return known
     work = Work(group)
     array = _array(x, "all_to_all", work)
-    dtype = code_of(array.dtype)
+    dtype = code_of(array.dtype, "all_to_all")
     if group.size == 1:
         return _alone(work, x, array, out, "all_to_all")
     _block_shape(array.shape, group, "all_to_all")
@@ -136,8 +136,8 @@ def all_to_all_v(group: CoreGroup, x: Any, send_counts: Any, recv_counts: Any, o
     what = "all_to_all_v"
     work = Work(group)
     array = _array(x, what, work)
-    dtype = code_of(array.dtype)
-    sent, received = _counts(send_counts, group, "send_counts"), _counts(recv_counts, group, "recv_counts")
+    dtype = code_of(array.dtype, what)
+    sent, received = _counts(send_counts, group, "send_counts", what), _counts(recv_counts, group, "recv_counts", what)
     _check_sum(sent, array.shape, "send_counts", what)
     if sent[group.rank] != received[group.rank]:
         own = f"send_counts[{group.rank}]={sent[group.rank]} and recv_counts[{group.rank}]={received[group.rank]}"
@@ -158,7 +158,7 @@ def all_gather_v(group: CoreGroup, x: Any, counts: Any, out: Any) -> Work:
     what = "all_gather_v"
     work = Work(group)
     array = _array(x, what, work)
-    dtype = code_of(array.dtype)
+    dtype = code_of(array.dtype, what)
     rows = _own_rows(counts, array.shape, group, what)
     if group.size == 1:
         return _alone(work, x, array, out, what)
@@ -174,11 +174,11 @@ def reduce_scatter_v(group: CoreGroup, x: Any, counts: Any, op: str, out: Any) -
     """Start a reduce-scatter into blocks of different lengths."""
     what = "reduce_scatter_v"
     work = Work(group)
-    code = _operator(op)
+    code = _operator(op, what)
     array = _array(x, what, work)
-    dtype = code_of(array.dtype)
+    dtype = code_of(array.dtype, what)
     check_op(dtype, code, what)
-    rows = _counts(counts, group, "counts")
+    rows = _counts(counts, group, "counts", what)
     _check_sum(rows, array.shape, "counts", what)
     if group.size == 1:
         return _alone(work, x, array, out, what)
@@ -193,14 +193,14 @@ def reduce_scatter_v(group: CoreGroup, x: Any, counts: Any, op: str, out: Any) -
 # -- counts -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _counts(counts: Any, group: CoreGroup, name: str) -> tuple[int, ...]:
+def _counts(counts: Any, group: CoreGroup, name: str, what: str) -> tuple[int, ...]:
     """Check what says how many rows belong to each rank."""
     try:
         rows = tuple(operator.index(each) for each in counts)
     except TypeError:
-        raise TypeError(f"{name} must be a sequence of integers, not {counts!r}") from None
+        raise TypeError(f"{what}: {name} must be a sequence of integers, not {counts!r}") from None
     if len(rows) != group.size or any(each < 0 for each in rows):
-        raise ValueError(f"{name} must have {group.size} numbers, none negative: one for each rank of the group; got {rows}")
+        raise ValueError(f"{what}: {name} must have {group.size} numbers, none negative: one for each rank of the group; got {rows}")
     return rows
 
 
@@ -210,7 +210,7 @@ def _check_sum(rows: tuple[int, ...], shape: tuple[int, ...], name: str, what: s
 
 
 def _own_rows(counts: Any, shape: tuple[int, ...], group: CoreGroup, what: str) -> tuple[int, ...]:
-    rows = _counts(counts, group, "counts")
+    rows = _counts(counts, group, "counts", what)
     if not shape or shape[0] != rows[group.rank]:
         raise ValueError(f"{what}: x must have counts[{group.rank}] = {rows[group.rank]} rows along axis 0, but has shape {shape}")
     return rows

@@ -55,8 +55,8 @@ OPS = {op.name.lower(): op for op in Op}
 _BY_DTYPE: dict[Any, DType] = {np.dtype(code.name.lower()): code for code in DType if code is not DType.BFLOAT16}
 
 
-def code_of(dtype: npt.DTypeLike) -> DType:
-    """Return the code of ``dtype``.
+def code_of(dtype: npt.DTypeLike, what: str = "") -> DType:
+    """Return the code of ``dtype``; ``what`` names the call, in messages.
 
     Raises:
         TypeError: the dtype is none that collectives carry; the message lists those that are.
@@ -69,10 +69,11 @@ def code_of(dtype: npt.DTypeLike) -> DType:
     if found.name == "bfloat16":  # ml_dtypes is the only one to register that name, so it is loaded by now
         _BY_DTYPE[found] = DType.BFLOAT16
         return DType.BFLOAT16
+    where = f"{what}: " if what else ""
     if found.newbyteorder("=") in _BY_DTYPE:
-        raise TypeError(f"arrays of dtype {found.str!r} have foreign byte order; convert with x.astype(x.dtype.newbyteorder('='))")
+        raise TypeError(f"{where}arrays of dtype {found.str!r} have foreign byte order; convert with x.astype(x.dtype.newbyteorder('='))")
     known = ", ".join(code.name.lower() for code in DType)
-    raise TypeError(f"dtype {found.name!r} is not supported by collectives; supported: {known}")
+    raise TypeError(f"{where}dtype {found.name!r} is not supported by collectives; supported: {known}")
 
 
 @functools.cache

@@ -48,6 +48,7 @@ class Layout:
     A bucket takes arrays of its dtype, in order, until it holds at least ``bucket_bytes``; the array that crosses the line is included.
 
     Args:
+        what: the call that makes it, for messages.
         forms: dtype and shape of each array.
         wire: dtype to communicate in; None: each its own.
         bucket_bytes: 0 or less: every array alone.
@@ -60,9 +61,9 @@ class Layout:
     """
 
     def __init__(
-        self, forms: Sequence[Form], wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, names: str
+        self, what: str, forms: Sequence[Form], wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, names: str
     ) -> None:
-        self.codes = {code_of(dtype) for dtype in dict.fromkeys(dtype for dtype, _ in forms)}
+        self.codes = {code_of(dtype, f"{what}: item {index}") for index, (dtype, _) in enumerate(forms)}
         self.tag = hash64("list", *(f"{dtype.name}{shape}" for dtype, shape in forms), names)
         # Kept also where nothing is cast back: lists are told apart by the addresses of their dtypes.
         self.dtypes = [dtype for dtype, _ in forms]
@@ -111,13 +112,13 @@ _layouts: dict[Any, Layout] = {}
 
 
 def layout_of(
-    given: Views, wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, names: str = ""
+    what: str, given: Views, wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, names: str = ""
 ) -> Layout:
     """Return the layout of such a list, made once."""
     key = (given.form, wire, bucket_bytes, alone_bytes, names)
     found = _layouts.get(key)
     if found is None:
-        found = Layout([(each.dtype, each.shape) for each in given.items], wire, bucket_bytes, alone_bytes, names)
+        found = Layout(what, [(each.dtype, each.shape) for each in given.items], wire, bucket_bytes, alone_bytes, names)
         if len(_layouts) >= _LAYOUTS_MOST:
             _layouts.clear()
         _layouts[key] = found
@@ -305,7 +306,7 @@ def all_reduce(group: CoreGroup, xs: Sequence[Any], op: Op, out: Any, what: str)
     outs = None if out is None else _outs(out, given.items, what)
     # A list of nothing is a call as any other, to be compared with those of the other ranks.
     travelling = given if given.items else _NOTHING
-    layout = layout_of(travelling, None, _BUCKET_BYTES, ALONE_BYTES)
+    layout = layout_of(what, travelling, None, _BUCKET_BYTES, ALONE_BYTES)
     for code in layout.codes if given.items else ():
         check_op(code, op, what)
     if group.size == 1:

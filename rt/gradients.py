@@ -39,14 +39,14 @@ def average(group: CoreGroup, tree: Any, bucket_bytes: int, communication_type: 
     from rt import fused
 
     leaves, rebuild, names = _flatten(tree)
-    wire = None if communication_type is None else np.dtype(arrays.dtype_of(communication_type))
-    if wire is not None and code_of(wire) not in INEXACT:
+    wire = None if communication_type is None else arrays.dtype_of(communication_type, _WHAT)
+    if wire is not None and code_of(wire, _WHAT) not in INEXACT:
         raise TypeError(f"{_WHAT}: communication_type must be floating or complex, not {wire}")
     if group.takes_devices and any(group.on_device(leaf, _WHAT) is not None for leaf in leaves):
         return _on_device(group, leaves, wire, rebuild)
     # A tree without leaves is a call as any other, to be compared with those of the other ranks.
     given = fused.views(leaves or [_NOTHING], _WHAT, numbers=True)
-    layout = fused.layout_of(given, wire, bucket_bytes, None, names)
+    layout = fused.layout_of(_WHAT, given, wire, bucket_bytes, None, names)
     for code in layout.codes:
         if code not in INEXACT:
             raise TypeError(f"{_WHAT}: gradients must be floating or complex, found {code.name.lower()}")

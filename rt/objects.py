@@ -288,8 +288,8 @@ class ObjectWork(Work):
 
 def send_object(group: CoreGroup, obj: Any, dst: int, tag: int) -> Work:
     """Start to send an object; the result is the object."""
-    peer = _peer(dst, group, "send to", "destination")
-    tag = _tag(tag)
+    peer = _peer(dst, group, "send to", "destination", "send_object")
+    tag = _tag(tag, "send_object")
     message = _pack(group, obj, "send_object")
     key = ("send", peer, tag)
     return _work(group, "send_object", key, message).begin(_send(group, message, peer, tag, lambda: obj))
@@ -297,15 +297,15 @@ def send_object(group: CoreGroup, obj: Any, dst: int, tag: int) -> Work:
 
 def recv_object(group: CoreGroup, src: int, tag: int) -> Work:
     """Start to receive an object."""
-    peer = _peer(src, group, "recv from", "source")
-    tag = _tag(tag)
+    peer = _peer(src, group, "recv from", "source", "recv_object")
+    tag = _tag(tag, "recv_object")
     _trust(group)
     return _work(group, "recv_object", ("recv", peer, tag), None).begin(_recv(group, peer, tag))
 
 
 def broadcast_object(group: CoreGroup, obj: Any, root: int) -> Work:
     """Start to broadcast the root's object."""
-    root = _rank(root, group, "root")
+    root = _rank(root, group, "root", "broadcast_object")
     if group.size == 1:
         return _alone(group, obj)
     message = _pack(group, obj, "broadcast_object") if group.rank == root else None
@@ -315,7 +315,7 @@ def broadcast_object(group: CoreGroup, obj: Any, root: int) -> Work:
 
 def gather_objects(group: CoreGroup, obj: Any, root: int) -> Work:
     """Start to gather the ranks' objects on the root."""
-    root = _rank(root, group, "root")
+    root = _rank(root, group, "root", "gather_objects")
     if group.size == 1:
         return _alone(group, [obj])
     message = _pack(group, obj, "gather_objects")

@@ -6,6 +6,7 @@ May live here: signatures, arguments, what ``import rt`` loads. May not: what a 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
@@ -187,6 +188,55 @@ async def refused_arguments(face: Any, group: Any, ctl: Any) -> None:
 @pytest.mark.parametrize("front", FRONTS)
 def test_bad_arguments_leave_the_group_usable(front: str) -> None:
     results(2, refused_arguments, front=front)
+
+
+async def refusals(face: Any, group: Any, ctl: Any) -> None:
+    x, text, other = np.ones((4, 3), np.float32), np.array(["a", "b"]), 1 - group.rank()
+
+    def each(names: str, *arguments: Any) -> list[tuple[str, Callable[[], Any]]]:
+        return [(name, functools.partial(getattr(face, name), *arguments)) for name in names.split()]
+
+    attempts: list[tuple[str, Callable[[], Any]]] = [
+        *each("all_reduce all_sum all_max all_min all_gather", text),
+        *each("all_reduce sum_scatter reduce scan exscan", x, "avg"),
+        *each("broadcast gather scatter", x, 2),
+        *each("all_gather_v reduce_scatter_v gather_v scatter_v", x, (4,)),
+        ("reduce", lambda: face.reduce(x, root=None)),
+        ("reduce_scatter_v", lambda: face.reduce_scatter_v(x, (2, 2), "avg")),
+        ("gather_v", lambda: face.gather_v(x, (4, 4), -1)),
+        ("scatter_v", lambda: face.scatter_v(x, 4)),
+        ("scatter", lambda: face.scatter(text)),
+        ("all_to_all", lambda: face.all_to_all(text)),
+        ("all_to_all_v", lambda: face.all_to_all_v(x, (2, 2), "ab")),
+        ("all_to_all_v", lambda: face.all_to_all_v(x, (2, -2), (2, 2))),
+        ("send", lambda: face.send(x, 9)),
+        ("send", lambda: face.send(x, other, tag="a")),
+        ("recv", lambda: face.recv(3, "no dtype", other)),
+        ("recv", lambda: face.recv(3, None, other)),
+        ("recv", lambda: face.recv(3, object, other)),
+        ("recv", lambda: face.recv((3, -1), np.float32, other)),
+        ("recv", lambda: face.recv(3.5, np.float32, other)),
+        ("recv_like", lambda: face.recv_like(x, group.rank())),
+        ("recv_like", lambda: face.recv_like(text, other)),
+        ("sendrecv", lambda: face.sendrecv(x, other, other, tag=2**64)),
+        ("send_object", lambda: face.send_object(x, None)),
+        ("recv_object", lambda: face.recv_object(other, tag=0.5)),
+        ("broadcast_object", lambda: face.broadcast_object(x, 2)),
+        ("gather_objects", lambda: face.gather_objects(x, "a")),
+        ("average_gradients: item 1", lambda: face.average_gradients([x, text])),
+        ("average_gradients", lambda: face.average_gradients([x], communication_type="no dtype")),
+        ("all_reduce: item 1", lambda: face.all_reduce([x, text])),
+        ("split", lambda: group.split("red")),
+    ]
+    for name, call in attempts:
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+            await call()
+            raise AssertionError(f"{name} was accepted")
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_what_refuses_an_argument_names_the_call(front: str) -> None:
+    results(2, refusals, front=front)
 
 
 # ---- import ---------------------------------------------------------------------------------------------------------------------------
