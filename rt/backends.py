@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from typing import Any
 
-from rt.config import RANK_AND_SIZE, Environ
+from rt.config import RANK_AND_SIZE, Environ, check_settings
 from rt.errors import ConfigError
 
 BACKENDS = ("any", "mpi", "nccl", "jaccl", "ring")
 # What launchers tell a process of which there are several. SLURM_NTASKS is not: an allocation's shell has it, too.
 _STARTED = (("RT_RANK", "RT_WORLD_SIZE"), *RANK_AND_SIZE[:2], ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("RANK", "WORLD_SIZE"))
 _warned = False
+_checked = False
 
 
 def choose_backend(backend: str, environ: Environ = os.environ, strict: bool = False) -> str | None:
@@ -108,13 +110,13 @@ def _if_available(backend: str, strict: bool, found: str) -> str | None:
     return None
 
 
-def settle_for_one(backend: str, strict: bool, environ: Environ = os.environ) -> None:
-    """Allow the group of one that ``init`` makes where nothing configures another. Raises ConfigError if ``strict``.
+def settle_for_one(backend: str, strict: bool, keywords: dict[str, Any], environ: Environ = os.environ) -> None:
+    """Allow the group of one that ``init`` makes where nothing configures another. Raises ConfigError if ``strict``, or for bad settings.
 
     Warns, once per process, where a launcher started several: each would be alone, and say nothing. It is no error, because ``RANK`` and
     ``WORLD_SIZE`` may be anybody's, and one program in a job may do without a group.
     """
-    global _warned
+    global _checked, _warned
     others = _others(backend, environ)
     if strict:
         raise ConfigError(
@@ -122,6 +124,9 @@ def settle_for_one(backend: str, strict: bool, environ: Environ = os.environ) ->
             "RT_HOSTFILE, or RT_RANK, RT_WORLD_SIZE and RT_COORDINATOR, or the keywords of the same names; `rt.launch -n 4 program` sets "
             "them"
         )
+    if not _checked or any(value is not None for value in keywords.values()):  # once: every call of a group of one comes here
+        check_settings(environ=environ, **keywords)
+        _checked = True
     if others and not _warned:
         warnings.warn(f"this process is a group of one, but {others}", RuntimeWarning, stacklevel=_outside())
         _warned = True

@@ -151,6 +151,14 @@ def resolve_ring(
     return _complete(place, found, connections_per_ip, connect_timeout, timeout, shm, environ)
 
 
+def check_settings(
+    *, connections_per_ip: int | None = None, connect_timeout: float | None = None, timeout: float | None = None, shm: bool | None = None,
+    environ: Environ = os.environ, **_: object,
+) -> None:  # fmt: skip
+    """Raise ConfigError for the settings that are one for several ranks. Of a secret nothing is asked: finding one may make a file."""
+    _complete(_Place(0, "", 1, ""), Secret(None, ""), connections_per_ip, connect_timeout, timeout, shm, environ)
+
+
 def resolve_numbered(
     rank: int, size: int, source: str, secret: Secret, *, connections_per_ip: int | None = None, connect_timeout: float | None = None,
     timeout: float | None = None, shm: bool | None = None, environ: Environ = os.environ,

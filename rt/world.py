@@ -414,7 +414,8 @@ def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concur
             return living[chosen].group
         chosen, made = _make(chosen, backend, strict, living, keywords)
         if made is None:
-            backends.settle_for_one(backend, strict)
+            log.configure(os.environ, 0)
+            backends.settle_for_one(backend, strict, keywords)
             single: concurrent.futures.Future[CoreGroup] = concurrent.futures.Future()
             single.set_result(CoreGroup(None, [0], 0, "singleton", hash64("singleton")))
             return single

@@ -126,6 +126,39 @@ def test_one_that_is_alone_says_nothing(environ: dict[str, str], without_mpi: py
     assert rt.sync.init().size() == 1
 
 
+_WRONG = {
+    "RT_TIMEOUT": "abc", "RT_CONNECT_TIMEOUT": "-1", "RT_SHM": "maybe", "RT_CONNECTIONS_PER_IP": "0", "RT_SPIN_US": "1.5",
+    "RT_TUNING": "/nowhere", "RT_SOCKET_IFNAME": "^", "RT_LOG": "all", "RT_VERBOSE": "yes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _WRONG)
+def test_a_group_of_one_says_of_settings_what_one_of_many_says(name: str, unconfigured: pytest.MonkeyPatch) -> None:
+    many = {"rank": 0, "world_size": 2, "coordinator": "127.0.0.1:1"}
+    unconfigured.setenv(name, _WRONG[name])
+    unconfigured.setattr("rt.backends._checked", False)
+
+    async def main() -> None:
+        await rt.all_sum(1)
+
+    with pytest.raises(rt.ConfigError, match=f"^{name}.*: found|^{name} /nowhere: ") as expected:
+        rt.sync.init(**many)
+    for call in (rt.sync.init, lambda: rt.sync.all_sum(1), lambda: asyncio.run(main())):
+        with pytest.raises(rt.ConfigError) as found:
+            call()
+        assert str(found.value) == str(expected.value)
+    unconfigured.delenv(name)
+    assert rt.sync.all_sum(1) == 1
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_a_group_of_one_checks_keywords_as_one_of_many() -> None:
+    assert rt.sync.init(timeout=1.0).size() == 1
+    for init in every_init(timeout="soon"):
+        with pytest.raises(rt.ConfigError, match="keyword timeout: found 'soon', expected a number of seconds > 0"):
+            init()
+
+
 @pytest.mark.usefixtures("unconfigured")
 def test_unknown_backend() -> None:
     for init in every_init(backend="bogus"):
