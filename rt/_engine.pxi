@@ -422,7 +422,8 @@ cdef class Engine:
         return events
 
     def break_group(self, uint64_t group, error):
-        """Fail every work of a group, in flight and stashed; ``error`` makes the exception of each from its Work."""
+        """Fail every work of a group, in flight and stashed; ``error`` makes the exception of each from its Work. Returns one, or None."""
+        cdef object ended = None
         cdef WorkState *work
         cdef WorkState *following
         cdef Channel *channel
@@ -430,11 +431,13 @@ cdef class Engine:
         self.lock()
         if self.orphan:
             self.unlock()
-            return
+            return None
         work = self.core.active_first
         while work != NULL:
             following = work.next_active
             if work.channel.group == group:
+                if ended is None:
+                    ended = <Work>work.handle
                 (<Work>work.handle).error = error
                 (<Work>work.handle).received = received_bytes(work)
                 work_abandon(&self.core, work)
@@ -451,6 +454,7 @@ cdef class Engine:
         self._after()
         if self.core.active_count:
             self.wake()                         # a frame of this group may have held up a link; what lies behind it raises no new edge
+        return ended
 
     def waiting_for(self, Work handle):
         """Whom a work in flight waits for, for messages: ``(absent, late)``, sorted world ranks.

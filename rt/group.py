@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
+import logging
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rt import _fastpath
 from rt.aio import BUDGET_BYTES, LoopDriver, Work
 from rt.dtypes import ITEMSIZE, OPS, DType, Op
-from rt.errors import ConfigError, GroupBrokenError, GroupClosedError, RTError
+from rt.errors import ConfigError, GroupAbortedError, GroupBrokenError, GroupClosedError, RTError
 from rt.schedule import Collective
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ class CoreGroup:
         self.identity = identity
         self.timeout = timeout
         self.engine = world.engine if world is not None and self.size > 1 else None
+        self._unheard: tuple[str, str, int] | None = None  # what, about and sequence of a work that the failure ended
+        self._heard = False  # somebody was told of the failure
         self.failure: Callable[..., RTError] | None = None  # of a work; True behind it: of a call that came after the failure
         self.splits = 0
         self.object_orders: dict[tuple[Any, ...], Order] = {}
@@ -326,7 +329,20 @@ class CoreGroup:
         if self.failure is None:
             self.refuse(failure)
         if self.engine is not None:
-            self.engine.break_group(self.identity, self.failure or failure)
+            ended = self.engine.break_group(self.identity, self.failure or failure)
+            if ended is not None:
+                self._unheard = ended.what, ended.about, ended.sequence
+
+    def report_unheard(self) -> None:
+        """Log a failure that ended works and that nothing has raised: no await, no later call. Who called ``abort()`` knows."""
+        if self._unheard is None or self._heard or self.failure is None:
+            return
+        work = Work(self)
+        work.what, work.about, work.sequence = self._unheard
+        error = self.failure(work)
+        by_abort_here = isinstance(error, GroupAbortedError) and self.world is not None and error.culprit == self.world.rank
+        if isinstance(error, GroupBrokenError) and not by_abort_here:
+            logging.getLogger("rt").error("%s (nobody awaited the call)", error)
 
     def refuse(self, failure: Callable[..., RTError]) -> None:
         """Have every call from now on raise ``failure``."""
@@ -337,6 +353,7 @@ class CoreGroup:
         """Return what makes this group's error for a work."""
 
         def make(work: Work, later: bool = False) -> GroupBrokenError:
+            self._heard = True
             got = f" after {work.received} B" if work.received else ""
             earlier = "the group failed earlier: " if later else ""
             return kind(self._told(work, later, earlier + text + got), group=self.name, culprit=culprit, work=work.describe())

@@ -311,6 +311,7 @@ class World:
                 self.engine.say_goodbye()
                 self._drive(lambda: not self.engine.goodbyes_missing())
             for group in list(self.groups.values()):
+                group.report_unheard()
                 group.fail(group.closed("the group was closed here"))
             self.closed = True
             if self.control is not None:

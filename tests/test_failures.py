@@ -8,6 +8,7 @@ Times are of one clock for all processes of a host, so the test says when it kil
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import ranks
 
+from rt.aio import within
 from rt.errors import CollectiveTimeoutError, GroupAbortedError, GroupBrokenError, PeerLostError
 
 LARGE = 16 << 20  # items: 64 MiB of float32
@@ -329,6 +331,34 @@ def test_abort(how: str, front: str) -> None:
         late = how == "thread" and outcome.rank == 2
         check(outcome.value, "GroupAbortedError", culprit, outcome.value[3] if late else began, DEATH_SECONDS)
         assert f"rank {culprit} called abort()" in outcome.value[2]
+
+
+async def nobody_awaits(rt: Any, group: Any, ctl: ranks.Ctl, then: str) -> None:
+    """Rank 1 dies; rank 0 has called and awaits nothing, or it does, or it calls once more, or has called abort() itself."""
+    await group.barrier()
+    if group.rank() == 1:
+        if then != "abort":
+            os._exit(1)
+        with pytest.raises(GroupAbortedError):
+            await group.recv(3, np.float64, 0)
+        return
+    work = group.all_sum(np.ones(3))
+    if then == "abort":
+        group.abort()
+    ended = asyncio.Event()
+    if work.add_waiter(within(asyncio.get_running_loop(), ended.set)):
+        await ended.wait()
+    if then in ("await", "call"):
+        with pytest.raises(PeerLostError):
+            await (work if then == "await" else group.barrier())
+
+
+@pytest.mark.parametrize("then", ["nothing", "await", "call", "abort"])
+def test_a_failure_that_nobody_awaits_is_logged_at_the_end(then: str) -> None:
+    first, _ = ranks.run(2, nobody_awaits, front="asyncio", args=(then,))
+    assert first.error is None and first.returncode == 0, str(first)
+    said = r"rank 0/2: all_sum #1 \(float64, 24 B\): lost rank 1 .* \(nobody awaited the call\)\n"
+    assert re.fullmatch(said if then == "nothing" else "", first.stderr), first.stderr
 
 
 async def abort_a_part(rt: Any, group: Any, ctl: ranks.Ctl) -> tuple[str, float]:
