@@ -30,6 +30,7 @@ Sum = Callable[[Array], Awaitable[Array]]
 WIDTH, HIDDEN, BLOCKS = 64, 512, 2
 _CLIENT_GONE = 499  # nginx' word for it; nobody reads it
 BATCH_MOST = 64  # requests that are computed together
+QUIET_TURNS = 4  # of the loop, in which no request is queued, before a batch is taken: what a handler takes to read its request
 
 
 # --- the network -----------------------------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ class Front:
         jobs: list[Job] = []
         while not jobs:
             found = await self._queue.get()
-            await asyncio.sleep(0)  # handlers that are ready to run put theirs beside it: larger batches, fewer collectives per request
+            await self._settle()
             while found is not None:
                 if not found.answer.cancelled():
                     jobs.append(found)
@@ -171,6 +172,14 @@ class Front:
                     self.close_queue()  # for the next call
                 return jobs
         return jobs
+
+    async def _settle(self) -> None:
+        """Wait while handlers that are ready to run put their jobs into the queue: larger batches, fewer collectives per request."""
+        quiet = 0
+        while quiet < QUIET_TURNS and self._queue.qsize() < BATCH_MOST:
+            before = self._queue.qsize()
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if self._queue.qsize() == before else 0
 
     def answer(self, job: Job, answer: Any) -> None:
         """Give a job its answer, unless its client has gone."""
