@@ -13,7 +13,7 @@
 #   _submit.pxi    how a work begins
 #   _engine.pxi    the Engine: what Python sees of all this
 #   _work.pxi      the Python face of a work: what can be awaited
-#   _known.pxi     all-reduces that were made before, started in one go
+#   _known.pxi     collectives and messages that were made before, started in one go
 #   _arrays.pxi    questions about arrays that every call asks
 #   _lists.pxi     lists of arrays that travel as one
 # The hot path is structs and nogil functions, not extension types: Cython cannot follow references to objects without the GIL.

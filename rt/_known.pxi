@@ -164,10 +164,12 @@ cdef class Calls:
             return 0
         if self.count >= KNOWN_MOST:
             self.forget()
+        if self.place(call, array, shift).call != 0:
+            return 0                        # known, and one that goes the long way all the same: what it makes is too large
         dtype = array.dtype
         channel = ready.channel
         self.kept.append((dtype, ready.program, ready.signature, ready.about))
-        known = self.place(call, array, shift)
+        known = self.place(call, array, shift)      # again: an allocation may run anything
         if known.call != 0 or self.count >= KNOWN_MOST or self.failure is not None:
             return 0
         known.call, known.dtype, known.channel = call, <PyObject *>dtype, channel
@@ -244,8 +246,12 @@ cdef class Calls:
             Py_INCREF(dtype)                # taken over by the array
             result = PyArray_NewFromDescr(&PyArray_Type, <PyArray_Descr *><PyObject *>dtype, ndim, dims, NULL, NULL, 0, NULL)
         work = self.made(what, about, result, source is not None, out is not None and out is not NOWHERE)
-        work.status = self.engine.submit(work, program, self.identity, channel, signature, self.ranks, <int>len(self.ranks), source,
-                                         None if out is NOWHERE else result, budget)
+        try:
+            work.status = self.engine.submit(work, program, self.identity, channel, signature, self.ranks, <int>len(self.ranks), source,
+                                             None if out is NOWHERE else result, budget)
+        except BaseException:               # a signal's handler has raised: the caller gets no work to wait for, and its memory back
+            work.give_back()
+            raise
         if channel == self.identity:
             self.recent[work.sequence % len(self.recent)] = (work.sequence, signature)
         if self.failure is not None and work.state == STATE_FLYING:
@@ -300,7 +306,11 @@ cdef class Calls:
         copied = received[0]                # the first work may have the table changed
         program, signature, about, dtype = <object>copied.program, <object>copied.signature, <object>copied.about, <object>copied.dtype
         first = self.begin_known(sent, x, NOWHERE, "sendrecv", budget)
-        return first, self.begin_known(&copied, None, out, "sendrecv", budget)
+        try:
+            return first, self.begin_known(&copied, None, out, "sendrecv", budget)
+        except BaseException:
+            first.give_back()
+            raise
 
     cdef object receive(self, Known *known, out, what, Py_ssize_t budget):
         return self.begin_known(known, None, out, what, budget) if takes(known, out) else None

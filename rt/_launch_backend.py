@@ -149,7 +149,7 @@ def ask(loop: Loop, command: Sequence[str], cwd: str | None, environ: Mapping[st
     python = command[0]
     if "RT_BACKEND" in environ:
         call(Found(False, 0, f"has RT_BACKEND={environ['RT_BACKEND']}"))
-    elif python != sys.executable and not os.path.basename(python).startswith("python"):
+    elif python != sys.executable and not re.fullmatch(r"python[\d.]*t?", os.path.basename(python)):  # it may be any program
         call(Found(False, 0, f"runs {os.path.basename(python)}, of which nobody knows whether it is Python"))
     elif _is_ours(python, environ) and not _has_cupy():
         call(_NO_CUPY)

@@ -85,8 +85,8 @@ def spread(cnp.ndarray joined not None, list members not None, list outs not Non
     cdef Py_ssize_t place
     cdef cnp.ndarray out
     for place in members:
-        out = outs[place]
-        if not cnp.PyArray_ISCARRAY(out) or cnp.PyArray_NBYTES(out) > end - at:  # another thread has been at it
+        out = outs[place] if place < len(outs) else None
+        if out is None or not cnp.PyArray_ISCARRAY(out) or cnp.PyArray_NBYTES(out) > end - at:  # another thread has been at it
             raise ValueError(f"item {place}: out is not what it was when the call began")
         memcpy(cnp.PyArray_BYTES(out), at, cnp.PyArray_NBYTES(out))
         at += cnp.PyArray_NBYTES(out)

@@ -117,7 +117,7 @@ def settle_for_one(backend: str, strict: bool, keywords: dict[str, Any], environ
     ``WORLD_SIZE`` may be anybody's, and one program in a job may do without a group.
     """
     global _checked, _warned
-    others = _others(backend, environ)
+    others = _others(backend, environ) if strict or not _warned else ""
     if strict:
         raise ConfigError(
             f"init(strict=True, backend={backend!r}): nothing configures a group{others and f' ({others})'}; expected RT_RANK with "
@@ -127,7 +127,7 @@ def settle_for_one(backend: str, strict: bool, keywords: dict[str, Any], environ
     if not _checked or any(value is not None for value in keywords.values()):  # once: every call of a group of one comes here
         check_settings(environ=environ, **keywords)
         _checked = True
-    if others and not _warned:
+    if others:
         warnings.warn(f"this process is a group of one, but {others}", RuntimeWarning, stacklevel=_outside())
         _warned = True
 

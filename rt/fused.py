@@ -22,6 +22,7 @@ from rt.schedule import Collective
 ALONE_BYTES = 64 * 1024  # an array of so many is not joined with others: copying it would cost about as much as a work
 _BUCKET_BYTES = 1 << 20  # of joined arrays: little enough to stay in the cache between joining and sending
 _LAYOUTS_MOST = 256
+_KNOWN_BUCKETS = 16  # most of a list that are kept in a group's table of known calls, whose other calls need its places, too
 
 Form = tuple[np.dtype[Any], tuple[int, ...]]
 
@@ -260,7 +261,8 @@ def _submit(
     alias = None if _fastpath.lie_apart(source, work.result) else (0, 0)  # no other overlap has come so far
     call = Call(Collective.ALL_REDUCE, bucket.code, op, source.shape, bucket.items, tag=layout.tag, alias=alias)
     group.submit(what, call, source, work.result, work, budget)
-    collectives.remember(group, call, source, work.result, source.shape, number)
+    if len(layout.buckets) <= _KNOWN_BUCKETS:
+        collectives.remember(group, call, source, work.result, source.shape, number)
     return work
 
 

@@ -334,13 +334,16 @@ class CoreGroup:
                 self._unheard = ended.what, ended.about, ended.sequence
 
     def report_unheard(self) -> None:
-        """Log a failure that ended works and that nothing has raised: no await, no later call. Who called ``abort()`` knows."""
-        if self._unheard is None or self._heard or self.failure is None:
+        """Log a failure that ended works and that nothing has raised: no await, no later call. Who called ``abort()`` knows.
+
+        Not where another group's failure was raised: it has one cause with this one, and what a program says last is looked at.
+        """
+        if self._unheard is None or self.failure is None or self.world is None or any(each._heard for each in self.world.groups.values()):
             return
         work = Work(self)
         work.what, work.about, work.sequence = self._unheard
         error = self.failure(work)
-        by_abort_here = isinstance(error, GroupAbortedError) and self.world is not None and error.culprit == self.world.rank
+        by_abort_here = isinstance(error, GroupAbortedError) and error.culprit == self.world.rank
         if isinstance(error, GroupBrokenError) and not by_abort_here:
             logging.getLogger("rt").error("%s (nobody awaited the call)", error)
 

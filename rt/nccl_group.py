@@ -109,8 +109,8 @@ class NcclGroup(LibraryGroup):
         return found
 
     def memory(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-        """Return memory for a result: on the device, unless it is to be like an array of the host."""
-        if like is not None and not isinstance(like, OnDevice):
+        """Return memory for a result: on the device if it is to be like an array there."""
+        if not isinstance(like, OnDevice):
             return super().memory(shape, dtype, like)
         with self.cupy.cuda.Device(self.device):
             return device_arrays.fresh(shape, dtype)

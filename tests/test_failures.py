@@ -334,7 +334,9 @@ def test_abort(how: str, front: str) -> None:
 
 
 async def nobody_awaits(rt: Any, group: Any, ctl: ranks.Ctl, then: str) -> None:
-    """Rank 1 dies; rank 0 has called and awaits nothing, or it does, or it calls once more, or has called abort() itself."""
+    """Rank 1 dies; rank 0 has called and awaits nothing, or it does, or it calls once more, on this group or another, or has called
+    abort() itself."""
+    other = await group.split(0)
     await group.barrier()
     if group.rank() == 1:
         if then != "abort":
@@ -348,16 +350,16 @@ async def nobody_awaits(rt: Any, group: Any, ctl: ranks.Ctl, then: str) -> None:
     ended = asyncio.Event()
     if work.add_waiter(within(asyncio.get_running_loop(), ended.set)):
         await ended.wait()
-    if then in ("await", "call"):
+    if then in ("await", "call", "other"):
         with pytest.raises(PeerLostError):
-            await (work if then == "await" else group.barrier())
+            await (work if then == "await" else (group if then == "call" else other).barrier())
 
 
-@pytest.mark.parametrize("then", ["nothing", "await", "call", "abort"])
+@pytest.mark.parametrize("then", ["nothing", "await", "call", "other", "abort"])
 def test_a_failure_that_nobody_awaits_is_logged_at_the_end(then: str) -> None:
     first, _ = ranks.run(2, nobody_awaits, front="asyncio", args=(then,))
     assert first.error is None and first.returncode == 0, str(first)
-    said = r"rank 0/2: all_sum #1 \(float64, 24 B\): lost rank 1 .* \(nobody awaited the call\)\n"
+    said = r"rank 0/2: all_sum #2 \(float64, 24 B\): lost rank 1 .* \(nobody awaited the call\)\n"
     assert re.fullmatch(said if then == "nothing" else "", first.stderr), first.stderr
 
 

@@ -179,6 +179,11 @@ def test_overlaps_are_found_wherever_they_are() -> None:
             assert np.shares_memory(out, (a, b)[other]) or (mine != other and np.shares_memory(out, (c, d)[other]))
 
 
+def test_outs_that_another_thread_has_let_go_of() -> None:
+    with pytest.raises(ValueError, match="item 1: out is not what it was"):
+        _fastpath.spread(np.ones(4), [0, 1], [np.empty(2)])
+
+
 def test_overlaps_with_what_lies_scattered() -> None:
     memory, far = np.zeros(12), np.zeros(4)
     assert _fastpath.overlap([memory[3::-1]], [memory[:4]]) == (0, 0), "the same bytes in another order"

@@ -7,11 +7,12 @@ May live here: collectives that are repeated, and what must not be taken for a r
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
-from ranks import FRONTS, results, run
+from ranks import FRONTS, Ranks, results, run
 
 import rt
 import rt.sync
@@ -204,6 +205,58 @@ def test_a_message_that_is_known_is_compared(front: str) -> None:
     for outcome in run(2, another_message, front=front):
         assert outcome.error is not None and outcome.error.kind == "MismatchError", outcome
         assert "shape (6,)" in outcome.error.text and "shape (3, 2)" in outcome.error.text, outcome
+
+
+async def too_large_to_be_found(rt: Any, group: Any, ctl: Any) -> None:
+    """Calls that are known and go the long way all the same, for the memory of their results, are not kept again and again."""
+    x = np.zeros(1 << 20, np.uint16)
+    held = []
+    for _ in range(30):
+        await rt.all_sum(x)
+        await rt.sendrecv(x, 1 - group.rank(), 1 - group.rank())
+        held.append(sys.getrefcount(x.dtype))
+    assert held[-1] < held[9] + 10, held
+
+
+@fronts
+def test_calls_that_are_never_found_are_kept_once(front: str) -> None:
+    results(2, too_large_to_be_found, front=front)
+
+
+async def interrupted(rt: Any, group: Any, ctl: Any) -> Any:
+    """Rank 0 is interrupted in a send that has begun, by what is told of another work; its array is its own again."""
+    x = np.zeros(1 << 20)  # more than a receiver is sent unasked
+    for _ in range(2):
+        await (rt.recv_like(x, 0) if group.rank() else rt.send(x, 1))
+    if group.rank():
+        await rt.send(np.ones(1), 0, tag=1)
+        ctl.tell("sent")
+        ctl.hear()
+        arrived = await rt.recv_like(x, 0)
+        await rt.barrier()
+        return float(arrived.max())
+    work = rt.recv(1, np.float64, 1, tag=1)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    work.add_waiter(interrupt)
+    ctl.hear()
+    with pytest.raises(KeyboardInterrupt):
+        rt.send(x, 1)
+    x[:] = 1
+    ctl.tell("interrupted")
+    await rt.barrier()
+
+
+def test_an_interrupted_send_gives_the_array_back() -> None:
+    with Ranks(2, interrupted, front="asyncio") as world:
+        world.hear(1)
+        world.tell(0, "sent")
+        world.hear(0)
+        world.tell(1, "interrupted")
+        first, second = world.wait()
+    assert first.error is None and second.value == 0.0, f"{first}\n{second}"
 
 
 async def many_shapes(rt: Any, group: Any, ctl: Any) -> None:

@@ -142,6 +142,14 @@ def test_programs_that_are_no_python_are_not_asked_about(tmp_path: Path) -> None
     assert "RT_BACKEND" not in done.stdout and said(done) == []
 
 
+def test_a_program_whose_name_begins_as_python_does_is_not_run_to_be_asked(tmp_path: Path) -> None:
+    program = tmp_path / "python_train.sh"
+    program.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/ran\n")
+    program.chmod(0o755)
+    assert launch("-n2", str(program), PYTHONPATH=path(STAND_IN), STANDIN_DEVICES="2").returncode == 0
+    assert (tmp_path / "ran").read_text() == "\n\n", "twice, without words"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here")
 def test_nothing_is_started_where_there_is_no_cupy(script: Path) -> None:
     """The launcher's audit hook tells of every program that it starts: two ranks, and with CuPy one to ask."""
@@ -156,7 +164,7 @@ def test_nothing_is_started_where_there_is_no_cupy(script: Path) -> None:
 
 def test_another_python_is_asked_itself(tmp_path: Path, script: Path) -> None:
     """It finds another CuPy than ours, which has none."""
-    other = tmp_path / "python-of-others"
+    other = tmp_path / "python3"
     other.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{STAND_IN}" STANDIN_DEVICES=2 exec {sys.executable} "$@"\n')
     other.chmod(0o755)
     done = launch("-n2", "--python", str(other), str(script))

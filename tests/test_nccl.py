@@ -102,7 +102,9 @@ async def every_move(rt: Any, group: Any, ctl: Any) -> None:
     if me == 0:
         assert await rt.send(x, 1) is x
     elif me == 1:
-        same((await rt.recv((3, 2), np.float32, 0)).get(), np.arange(6, dtype=np.float32).reshape(3, 2))
+        arrived = to_device(np.empty((3, 2), np.float32))
+        assert await rt.recv((3, 2), np.float32, 0, out=arrived) is arrived
+        same(arrived.get(), np.arange(6, dtype=np.float32).reshape(3, 2))
     await rt.barrier()
 
 
@@ -258,6 +260,10 @@ async def both_kinds(rt: Any, group: Any, ctl: Any) -> None:
     for kind in (np.asarray, to_device):  # both are compared, though each two ranks agree on other lengths
         await rt.all_to_all_v(kind(np.zeros((sum(rows), 2))), rows, rows)
     assert float(await rt.all_sum(1.0)) == size
+    if me == 0:
+        await rt.send(x, 1, tag=7)
+    elif me == 1:  # without an example: what comes from the host, as a program for the ring expects it
+        same(await rt.recv(x.shape, x.dtype, 0, tag=7), np.zeros(5, np.float32))
     assert await rt.all_gather_objects(me) == list(range(size))
     part = await group.split(me % 2, -me)
     total = await part.all_sum(to_device(x))
