@@ -86,6 +86,8 @@ def _problems(about: Mapping[str, Any], launcher: Launcher, python: str) -> list
     if about["missing"]:
         why, _, how = re.sub(r"[:;] (?=`pip)", "\n", about["missing"], count=1).partition("\n")
         found.append((f"backend mpi, {why}", how))
+    elif launcher.version and about["library"] not in ("", here):  # ranks would find each one itself alone, or crash
+        found.append((f"the MPI library is {about['library']}, the launcher {here}", "set RT_MPI_LIBNAME to the libmpi of that launcher"))
     return found
 
 
@@ -108,6 +110,7 @@ def main() -> None:
         "problems": problems,
         "launcher": launcher.name if launcher else None,
         "missing": mpi.missing(environ),
+        "library": mpi.library(environ),
     }
     sys.stdout.buffer.write(MARK + json.dumps(about).encode())
 

