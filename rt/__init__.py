@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 try:
-    from rt import _fastpath  # noqa: F401
+    from rt import _fastpath
 except ImportError as error:
     if os.path.exists(os.path.join(os.path.dirname(__file__), "_fastpath.pyx")):
         raise ImportError(
@@ -47,7 +47,7 @@ from rt.errors import (
 from rt.faces import Group as _Group
 from rt.faces import core_of
 from rt.gradients import BUCKET_BYTES, averaging
-from rt.group import CoreGroup
+from rt.group import ALL_GATHER_AS, ALL_REDUCE_AS, ALL_TO_ALL_AS, SUM_SCATTER_AS, CoreGroup
 from rt.runner import run
 
 if os.path.exists(os.path.join(os.path.dirname(__file__), "rest1.py")):  # a file of theirs; asking importlib.metadata costs 20 ms
@@ -129,17 +129,17 @@ class Group(_Group[Awaitable[Any]]):
 
 
 _api = _Awaitable()
-all_reduce = _api.all_reduce
-all_sum = _api.all_sum
-all_max = _api.all_max
-all_min = _api.all_min
-all_gather = _api.all_gather
-sum_scatter = _api.sum_scatter
+all_reduce = _fastpath.shortened_by_op(_api.all_reduce, ALL_REDUCE_AS)
+all_sum = _fastpath.shortened(_api.all_sum, ALL_REDUCE_AS["sum"])
+all_max = _fastpath.shortened(_api.all_max, ALL_REDUCE_AS["max"])
+all_min = _fastpath.shortened(_api.all_min, ALL_REDUCE_AS["min"])
+all_gather = _fastpath.shortened(_api.all_gather, ALL_GATHER_AS)
+sum_scatter = _fastpath.shortened_by_op(_api.sum_scatter, SUM_SCATTER_AS)
 broadcast = _api.broadcast
 reduce = _api.reduce
 gather = _api.gather
 scatter = _api.scatter
-all_to_all = _api.all_to_all
+all_to_all = _fastpath.shortened(_api.all_to_all, ALL_TO_ALL_AS)
 all_gather_v = _api.all_gather_v
 reduce_scatter_v = _api.reduce_scatter_v
 gather_v = _api.gather_v

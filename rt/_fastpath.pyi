@@ -1,10 +1,12 @@
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Protocol, Self, final
+from typing import Any, NoReturn, Protocol, Self, TypeVar, final
 
 import numpy as np
 from typing_extensions import disjoint_base
 
 from rt.schedule import Schedule
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 FLYING: int
 DONE: int
@@ -12,6 +14,7 @@ FAILED: int
 IDLE: int
 BLOCKED: int
 BUDGET: int
+BUDGET_BYTES: int
 LOST: int
 CLOSED: int
 MISMATCH: int
@@ -86,6 +89,9 @@ class Work:
     status: int
     received: int
     since: float
+    lent: bool
+    peer: int | None
+    deadline: tuple[float, float] | None
     def add_waiter(self, waiter: Callable[[], object]) -> bool: ...
     def remove_waiter(self, waiter: Callable[[], object]) -> None: ...
     def pending(self) -> Work: ...
@@ -134,7 +140,7 @@ class Engine:
 class Calls:
     def __new__(
         cls, make: type[Work], group: Any, engine: Engine | None, identity: int, ranks: list[int], recent: list[tuple[int, bytes]],
-        ops: dict[str, int], *_: Any,
+        *_: Any,
     ) -> Self: ...
     def forget(self) -> None: ...
     def break_off(self, failure: Callable[..., BaseException]) -> None: ...
@@ -144,18 +150,20 @@ class Calls:
     def recv_like(self, kind: int, x: Any, src: Any, out: Any, tag: Any, budget: int) -> Any: ...
     def sendrecv(self, sends: int, receives: int, x: Any, dst: Any, src: Any, out: Any, tag: Any, budget: int) -> Any: ...
     def recv(self, kind: int, shape: Any, dtype: Any, src: Any, out: Any, tag: Any, budget: int) -> Any: ...
-    def reduce(self, x: Any, op: str, out: Any, what: str, budget: int) -> Any: ...
     def start(self, call: int, x: Any, out: Any, what: str, budget: int) -> Any: ...
-    def run(self, x: Any, op: str, out: Any, what: str, spin: float) -> Any: ...
+    def run(self, call: int, x: Any, out: Any, what: str, spin: float) -> Any: ...
 
 class LibraryCalls(Calls):
     def __init__(
         self, make: type[Work], group: Any, engine: Engine | None, identity: int, ranks: list[int], recent: list[tuple[int, bytes]],
-        ops: dict[str, int], begin: Callable[[Any, Any, tuple[Any, ...], bytes], None], note: Callable[[Any, bytes], None],
+        begin: Callable[[Any, Any, tuple[Any, ...], bytes], None], note: Callable[[Any, bytes], None],
         blocked: dict[int, Any], fail: Callable[[Any, Exception], NoReturn],
     ) -> None: ...
 
 def known_message(kind: int, peer: Any, tag: Any) -> int: ...
+def calls_of_world(calls: Calls | None, spin: float) -> None: ...
+def shortened(long_way: _F, call: int, wait: Callable[[Any, None], Any] | None = None) -> _F: ...
+def shortened_by_op(long_way: _F, calls: dict[str, int], wait: Callable[[Any, None], Any] | None = None) -> _F: ...
 
 @final
 class Sleeper:

@@ -8,6 +8,7 @@
 # place is taken before objects are made, and the table is changed in one go.
 
 from asyncio import _get_running_loop as running_loop
+from functools import update_wrapper
 from threading import get_ident
 
 
@@ -92,21 +93,17 @@ cdef class Calls:
         group: the group, for its works; identity: its identity, and that of the channel of its collectives.
         ranks: world rank of each of its ranks.
         recent: where the numbers and signatures of its last calls are noted, in turns.
-        ops: the operators of all-reduces by name, each the number of such a call.
     """
     cdef Engine engine
     cdef object make, group
     cdef uint64_t identity
     cdef list ranks, recent, kept
-    cdef dict ops
     cdef object failure
     cdef int count
     cdef Known places[KNOWN_PLACES]
 
-    def __cinit__(self, make, group, Engine engine, uint64_t identity, list ranks not None, list recent not None,
-                  dict ops not None, *_):
+    def __cinit__(self, make, group, Engine engine, uint64_t identity, list ranks not None, list recent not None, *_):
         self.make, self.group, self.engine, self.identity, self.ranks, self.recent = make, group, engine, identity, ranks, recent
-        self.ops = ops
         self.failure = None
         self.forget()
 
@@ -217,13 +214,6 @@ cdef class Calls:
         work.result = result
         return work
 
-    def reduce(self, x, op, out, what, Py_ssize_t budget):
-        """As ``start``, of an all-reduce with an operator of this name."""
-        if type(op) is not str:
-            return None
-        call = self.ops.get(op)
-        return None if call is None else self.start(call, x, out, what, budget)
-
     cpdef object start(self, uint64_t call, x, out, what, Py_ssize_t budget):
         """Start a collective of an array; return its work, or None if the call is not in the table."""
         cdef Known *known = self.find(call, x, out)
@@ -315,14 +305,14 @@ cdef class Calls:
     cdef object receive(self, Known *known, out, what, Py_ssize_t budget):
         return self.begin_known(known, None, out, what, budget) if takes(known, out) else None
 
-    def run(self, x, op, out, what, double spin):
-        """As ``reduce``, and poll for ``spin`` seconds for its end. Not where a loop runs: a blocking call there may have to be refused."""
+    cpdef object run(self, uint64_t call, x, out, what, double spin):
+        """As ``start``, and poll for ``spin`` seconds for its end. Not where a loop runs: a blocking call there may have to be refused."""
         cdef Work work
         cdef double until
         cdef int found = NEWS_IN_MEMORY
         if running_loop() is not None:
             return None
-        work = self.reduce(x, op, out, what, BLOCKING_BUDGET)
+        work = self.start(call, x, out, what, BLOCKING_BUDGET)
         if work is None or work.state != STATE_FLYING:
             return work
         try:
@@ -355,8 +345,8 @@ cdef class LibraryCalls(Calls):
     cdef object begin, note, fail
     cdef dict blocked
 
-    def __init__(self, make, group, Engine engine, uint64_t identity, list ranks not None, list recent not None, dict ops not None,
-                 begin, note, dict blocked not None, fail):
+    def __init__(self, make, group, Engine engine, uint64_t identity, list ranks not None, list recent not None, begin, note,
+                 dict blocked not None, fail):
         self.begin, self.note, self.blocked, self.fail = begin, note, blocked, fail
 
     def remember(self, uint64_t call, x, out, ready) -> None:
@@ -376,9 +366,8 @@ cdef class LibraryCalls(Calls):
         self.begin(work, begins, (x if lie_apart(x, target) else in_place, target, operator), signature)
         return work
 
-    def run(self, x, op, out, what, double spin):
-        call = self.ops.get(op) if type(op) is str else None
-        if call is None or running_loop() is not None:
+    cpdef object run(self, uint64_t call, x, out, what, double spin):
+        if running_loop() is not None:
             return None
         cdef Known *known = self.find(call, x, out)
         if known == NULL:
@@ -400,3 +389,65 @@ cdef class LibraryCalls(Calls):
             del self.blocked[thread]
         work.finish(target)
         return work
+
+
+# -- before the layers of Python that most calls go through
+
+cdef Calls world_calls = None               # of the group that calls without group= mean; None: it is to be asked for
+cdef double world_spin = 0.0
+
+
+def calls_of_world(Calls calls, double spin) -> None:
+    """Say which table calls without ``group=`` look into, and for how many seconds those that block poll."""
+    global world_calls, world_spin
+    world_calls, world_spin = calls, spin
+
+
+cdef object called_before(uint64_t call, x, out, what, wait):
+    """The work of a call that was made before, with ``wait`` its result; NOWHERE if it is not known."""
+    cdef Calls calls = world_calls
+    cdef Work work
+    if calls is None:
+        return NOWHERE
+    work = calls.start(call, x, out, what, LOOP_BUDGET) if wait is None else calls.run(call, x, out, what, world_spin)
+    if work is None:
+        return NOWHERE
+    if wait is None:
+        calls.group.follow(work.status)
+        return work
+    return work.result if work.state == STATE_DONE else wait(work, None)
+
+
+def shortened(long_way, uint64_t call, wait=None):
+    """Return a collective like ``long_way`` that takes a short way to what was called before, under this number.
+
+    Args:
+        wait: of calls that block: ``wait(work, None)`` drives a work that does not end at once, and returns its result.
+    """
+    what = long_way.__name__
+
+    def collective(x=NOWHERE, *rest, group=None, stream=None, out=None, timeout=None, key=None, **others):
+        if group is None and stream is None and timeout is None and key is None and not rest and not others:
+            made = called_before(call, x, out, what, wait)
+            if made is not NOWHERE:
+                return made
+        given = () if x is NOWHERE else (x, *rest)      # arguments that it does not take are for the long way to refuse, by its name
+        return long_way(*given, group=group, stream=stream, out=out, timeout=timeout, key=key, **others)
+
+    return update_wrapper(collective, long_way)
+
+
+def shortened_by_op(long_way, dict calls not None, wait=None):
+    """As ``shortened``, of a collective whose second argument is an operator; ``calls`` are the numbers by its name."""
+    what = long_way.__name__
+
+    def collective(x=NOWHERE, op="sum", *rest, group=None, stream=None, out=None, timeout=None, key=None, **others):
+        if group is None and stream is None and timeout is None and key is None and not rest and not others:
+            if type(op) is str and op in calls:
+                made = called_before(calls[op], x, out, what, wait)
+                if made is not NOWHERE:
+                    return made
+        given = () if x is NOWHERE else (x, op, *rest)
+        return long_way(*given, group=group, stream=stream, out=out, timeout=timeout, key=key, **others)
+
+    return update_wrapper(collective, long_way)

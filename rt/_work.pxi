@@ -18,6 +18,9 @@ cdef class Work:
         sequence: number of the work in its channel.
         status: the engine's answer when it was submitted.
         received: bytes that had come for it when it failed.
+        lent: a library has the memory, and gives it back only at the end.
+        peer: rank in the group, of a message that a library carries.
+        deadline: seconds it may take and when they end, until some loop watches that; None: for ever.
         since: when somebody began to wait for it, on the clock of ``time.monotonic``; 0: nobody has. Works that end at once never know.
     """
     cdef WorkState *work
@@ -37,6 +40,9 @@ cdef class Work:
     cdef public int status
     cdef readonly Py_ssize_t received
     cdef readonly double since
+    cdef public bint lent
+    cdef public object peer
+    cdef public object deadline
     cdef list waiters
     cdef object __weakref__
 
@@ -237,8 +243,11 @@ def turn(Engine engine not None, Py_ssize_t budget, double spin):
 
 
 cdef enum:
+    LOOP_BUDGET = 1 << 20                   # bytes moved per turn of a loop: about 0.3 ms
     BLOCKING_BUDGET = 1 << 24               # bytes that a blocking thread moves before it looks at the clock
     BLOCKED_MILLISECONDS = 500              # before a blocked thread says so: long enough to be rare, short for who waits for ever
+
+BUDGET_BYTES = LOOP_BUDGET
 
 
 def wait(Engine engine not None, Work handle not None, Sleeper sleeper not None, double seconds, double spin, alone):

@@ -18,7 +18,7 @@ from rt import _fastpath
 if TYPE_CHECKING:
     from rt.group import CoreGroup
 
-BUDGET_BYTES = 1 << 20  # moved per turn of the loop: about 0.3 ms
+BUDGET_BYTES = _fastpath.BUDGET_BYTES  # moved per turn of the loop: about 0.3 ms
 FAIR_SECONDS = 1e-3  # awaits that never suspend hand the loop over once in this time
 _SLICE_BYTES = 1 << 20
 _BYTE = np.dtype(np.uint8)
@@ -103,10 +103,7 @@ class Work(_fastpath.Work):
     ``CancelledError`` arrives once the caller's memory is free.
     """
 
-    group: CoreGroup
-    lent = False  # a library has the memory, and gives it back only at the end
-    peer: int | None = None  # in the group, of a message that a library carries
-    _limit: tuple[float, float] | None = None  # seconds, and when they end, until some loop watches it
+    __slots__ = ()  # one is made at every call
 
     def __init__(self, group: CoreGroup) -> None:
         self.group = group
@@ -141,16 +138,16 @@ class Work(_fastpath.Work):
 
     def limit(self, seconds: float) -> None:
         """Give the work that many seconds from now. Watched by the running loop, else from the first await on."""
-        self._limit = seconds, time.monotonic() + seconds
+        self.deadline = seconds, time.monotonic() + seconds
         loop = asyncio._get_running_loop()
         if loop is not None:
             self._watch_limit(loop)
 
     def _watch_limit(self, loop: asyncio.AbstractEventLoop) -> None:
         world = self.group.world
-        if self._limit is None or world is None:
+        if self.deadline is None or world is None:
             return
-        (seconds, deadline), self._limit = self._limit, None
+        (seconds, deadline), self.deadline = self.deadline, None
         timer = loop.call_later(max(0.0, deadline - time.monotonic()), world.timed_out, self, seconds)
         self.add_waiter(within(loop, timer.cancel))
 

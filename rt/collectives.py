@@ -15,21 +15,17 @@ import numpy as np
 from rt import _fastpath, arrays
 from rt.aio import BUDGET_BYTES, Work
 from rt.dtypes import INEXACT, OPS, DType, Op, check_op, code_of, numpy_dtype
-from rt.group import Call, CoreGroup, hash64, known_as
+from rt.group import ALL_GATHER_AS, ALL_REDUCE_AS, SUM_SCATTER_AS, Call, CoreGroup, hash64, known_as
 from rt.schedule import Collective
-
-_ALL_GATHER = known_as(Collective.ALL_GATHER)
-_SUM_SCATTER = {op: known_as(Collective.REDUCE_SCATTER, op) for op in Op}
 
 
 def all_reduce(group: CoreGroup, x: Any, op: str, out: Any, what: str = "all_reduce") -> Work:
     """Start an all-reduce; the result has x's shape. Of a list of arrays, the result is the list of theirs."""
-    # The call that servers make all day: to check and describe it takes longer than to carry it out.
-    known: Work | None = group.known.reduce(x, op, out, what, BUDGET_BYTES)
-    if known is not None:
-        group.follow(known.status)
-        return known
     code = _operator(op, what)
+    # The call that servers make all day: to check and describe it takes longer than to carry it out.
+    known = again(group, x, out, what, ALL_REDUCE_AS[op])
+    if known is not None:
+        return known
     if isinstance(x, (list, tuple)):
         from rt import fused  # 4 ms, which ``import rt`` is spared
 
@@ -75,7 +71,7 @@ def remember(
 
 def all_gather(group: CoreGroup, x: Any, out: Any) -> Work:
     """Start an all-gather: blocks of all ranks along axis 0, in rank order."""
-    known = again(group, x, out, "all_gather", _ALL_GATHER)
+    known = again(group, x, out, "all_gather", ALL_GATHER_AS)
     if known is not None:
         return known
     work = Work(group)
@@ -97,7 +93,7 @@ def all_gather(group: CoreGroup, x: Any, out: Any) -> Work:
 def sum_scatter(group: CoreGroup, x: Any, op: str, out: Any) -> Work:
     """Start a reduce-scatter: this rank's block, along axis 0, of the reduction."""
     code = _operator(op, "sum_scatter")
-    known = again(group, x, out, "sum_scatter", _SUM_SCATTER[code])
+    known = again(group, x, out, "sum_scatter", SUM_SCATTER_AS[op])
     if known is not None:
         return known
     work = Work(group)

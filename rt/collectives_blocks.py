@@ -17,10 +17,8 @@ from rt import arrays
 from rt.aio import Work
 from rt.collectives import _aliasing, _alone, _array, _block_shape, _gathered_shape, _operator, _rank, _target, again, remember
 from rt.dtypes import Op, check_op, code_of
-from rt.group import Call, CoreGroup, known_as
+from rt.group import ALL_TO_ALL_AS, Call, CoreGroup
 from rt.schedule import Collective
-
-_ALL_TO_ALL = known_as(Collective.ALL_TO_ALL)
 
 
 def reduce(group: CoreGroup, x: Any, op: str, root: int, out: Any) -> Work:
@@ -112,7 +110,7 @@ def _whole(
 
 def all_to_all(group: CoreGroup, x: Any, out: Any) -> Work:
     """Start an all-to-all: block j of x, along axis 0, goes to rank j, and block i of the result comes from rank i."""
-    known = again(group, x, out, "all_to_all", _ALL_TO_ALL)
+    known = again(group, x, out, "all_to_all", ALL_TO_ALL_AS)
     if known is not None:
         return known
     work = Work(group)

@@ -89,7 +89,10 @@ def known_as(kind: Collective, op: Op = Op.SUM, root: int = -1) -> int:
     return kind | op << 8 | root + 1 << 16
 
 
-KNOWN_OPS = {name: known_as(Collective.ALL_REDUCE, op) for name, op in OPS.items()}
+ALL_REDUCE_AS = {name: known_as(Collective.ALL_REDUCE, op) for name, op in OPS.items()}
+SUM_SCATTER_AS = {name: known_as(Collective.REDUCE_SCATTER, op) for name, op in OPS.items()}
+ALL_GATHER_AS = known_as(Collective.ALL_GATHER)
+ALL_TO_ALL_AS = known_as(Collective.ALL_TO_ALL)
 
 
 def hash64(*parts: object) -> int:
@@ -146,7 +149,7 @@ class CoreGroup:
         self.object_orders: dict[tuple[Any, ...], Order] = {}
         self._plans: dict[Call, Ready] = {}
         self._recent: list[tuple[int, bytes]] = [(-1, b"")] * _RECENT
-        self.known = _fastpath.Calls(Work, self, self.engine, identity, self.ranks, self._recent, KNOWN_OPS)
+        self.known = _fastpath.Calls(Work, self, self.engine, identity, self.ranks, self._recent)
         if self.engine is not None and world is not None:
             pairs = set(itertools.combinations(sorted(self.ranks), 2))
             self.full_mesh = pairs <= world.direct

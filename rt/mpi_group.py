@@ -25,7 +25,7 @@ from rt import _fastpath
 from rt.aio import Work
 from rt.dtypes import HALF, ITEMSIZE, Op
 from rt.errors import GroupBrokenError, PeerLostError, RTError
-from rt.group import KNOWN_OPS, Call, CoreGroup, InLibrary, Ready
+from rt.group import Call, CoreGroup, InLibrary, Ready
 from rt.library_group import P2P, LibraryGroup
 from rt.library_waiting import LOOP_BYTES, Request, Worker, patiently
 from rt.schedule import Collective
@@ -62,7 +62,7 @@ class MpiGroup(LibraryGroup):
         self._worker = Worker(name)
         self.blocked: dict[int, Work] = {}  # by thread, what it waits for inside MPI
         self.known = _fastpath.LibraryCalls(
-            Work, self, None, identity, self.ranks, self._recent, KNOWN_OPS, self._begin, self.note, self.blocked, self.raise_for
+            Work, self, None, identity, self.ranks, self._recent, self._begin, self.note, self.blocked, self.raise_for
         )
         self._face = _Blocking(self, None)
 
@@ -299,7 +299,7 @@ class _OnlyRemembers:
     def start(self, *_: Any) -> None:
         """Find nothing."""
 
-    reduce = send = recv = recv_like = sendrecv = start
+    send = recv = recv_like = sendrecv = start
 
 
 class Disagreement(Exception):

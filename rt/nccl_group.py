@@ -25,7 +25,7 @@ from rt.aio import BUDGET_BYTES, Work
 from rt.device_arrays import OnDevice
 from rt.dtypes import DType, Op
 from rt.errors import RTError
-from rt.group import KNOWN_OPS, Call, CoreGroup
+from rt.group import Call, CoreGroup
 from rt.library_group import P2P, LibraryGroup
 from rt.library_waiting import Request, Worker
 from rt.schedule import Collective
@@ -65,7 +65,7 @@ class NcclGroup(LibraryGroup):
         self.on_device_now: dict[_Batch, None] = {}  # launched and not seen to have ended
         self._ending = False
         self._face = _Blocking(self, None)
-        self.known = _Forgetful(Work, self, self.engine, identity, self.ranks, self._recent, KNOWN_OPS)
+        self.known = _Forgetful(Work, self, self.engine, identity, self.ranks, self._recent)
         if self.size > 1:
             self._worker.put(self._connect)
         else:

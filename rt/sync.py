@@ -36,7 +36,7 @@ from rt.errors import (
 from rt.faces import Group as _Group
 from rt.faces import core_of
 from rt.gradients import BUCKET_BYTES, averaging
-from rt.group import CoreGroup
+from rt.group import ALL_GATHER_AS, ALL_REDUCE_AS, ALL_TO_ALL_AS, SUM_SCATTER_AS, CoreGroup
 
 __all__ = [
     "CollectiveTimeoutError", "ConfigError", "Group", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError",
@@ -88,8 +88,9 @@ class _Blocking(Api[Any]):
     def _all_reduce(self, group: Any, what: str, op: str, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Any:
         # A small one between ranks that poll takes less time than the layers that most calls go through.
         core = core_of(group) if group is not None else world.current()
-        if core is not None and timeout is None is core.timeout and stream is None is key:
-            work = core.known.run(x, op, out, what, core.world.spin if core.world is not None else 0.0)
+        call = ALL_REDUCE_AS.get(op) if type(op) is str else None
+        if core is not None and call is not None and timeout is None is core.timeout and stream is None is key:
+            work = core.known.run(call, x, out, what, core.world.spin if core.world is not None else 0.0)
             if work is not None:
                 return work.result if work.state == _fastpath.DONE else _wait(work, None)
         return super()._all_reduce(group, what, op, x, out, timeout, stream, key)
@@ -137,17 +138,17 @@ class Group(_Group[Any]):
 
 
 _api = _Blocking()
-all_reduce = _api.all_reduce
-all_sum = _api.all_sum
-all_max = _api.all_max
-all_min = _api.all_min
-all_gather = _api.all_gather
-sum_scatter = _api.sum_scatter
+all_reduce = _fastpath.shortened_by_op(_api.all_reduce, ALL_REDUCE_AS, _wait)
+all_sum = _fastpath.shortened(_api.all_sum, ALL_REDUCE_AS["sum"], _wait)
+all_max = _fastpath.shortened(_api.all_max, ALL_REDUCE_AS["max"], _wait)
+all_min = _fastpath.shortened(_api.all_min, ALL_REDUCE_AS["min"], _wait)
+all_gather = _fastpath.shortened(_api.all_gather, ALL_GATHER_AS, _wait)
+sum_scatter = _fastpath.shortened_by_op(_api.sum_scatter, SUM_SCATTER_AS, _wait)
 broadcast = _api.broadcast
 reduce = _api.reduce
 gather = _api.gather
 scatter = _api.scatter
-all_to_all = _api.all_to_all
+all_to_all = _fastpath.shortened(_api.all_to_all, ALL_TO_ALL_AS, _wait)
 all_gather_v = _api.all_gather_v
 reduce_scatter_v = _api.reduce_scatter_v
 gather_v = _api.gather_v

@@ -425,6 +425,7 @@ def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concur
         _started[chosen] = _Started(made, made.start())
         if _first not in living:
             _first, _formed = chosen, None
+            _fastpath.calls_of_world(None, 0.0)
         return _started[chosen].group
 
 
@@ -468,7 +469,9 @@ def current() -> CoreGroup | None:
     if _formed is None and _first:
         future = _started[_first].group
         if future.done() and not _failed(future):
-            _formed = future.result()
+            _formed = group = future.result()
+            if group.timeout is None and group.world is not None:
+                _fastpath.calls_of_world(group.known, group.world.spin)
     return _formed
 
 

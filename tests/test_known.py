@@ -6,6 +6,7 @@ May live here: collectives that are repeated, and what must not be taken for a r
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from typing import Any
@@ -229,6 +230,7 @@ async def interrupted(rt: Any, group: Any, ctl: Any) -> Any:
     for _ in range(2):
         await (rt.recv_like(x, 0) if group.rank() else rt.send(x, 1))
     if group.rank():
+        ctl.hear()
         await rt.send(np.ones(1), 0, tag=1)
         ctl.tell("sent")
         ctl.hear()
@@ -240,7 +242,8 @@ async def interrupted(rt: Any, group: Any, ctl: Any) -> Any:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    work.add_waiter(interrupt)
+    assert work.add_waiter(interrupt), "nothing has come so far"
+    ctl.tell("listening")
     ctl.hear()
     with pytest.raises(KeyboardInterrupt):
         rt.send(x, 1)
@@ -251,10 +254,8 @@ async def interrupted(rt: Any, group: Any, ctl: Any) -> Any:
 
 def test_an_interrupted_send_gives_the_array_back() -> None:
     with Ranks(2, interrupted, front="asyncio") as world:
-        world.hear(1)
-        world.tell(0, "sent")
-        world.hear(0)
-        world.tell(1, "interrupted")
+        for teller, told in ((0, 1), (1, 0), (0, 1)):
+            world.tell(told, world.hear(teller))
         first, second = world.wait()
     assert first.error is None and second.value == 0.0, f"{first}\n{second}"
 
@@ -329,3 +330,44 @@ async def mixed_with_tasks(rt: Any, group: Any, ctl: Any) -> None:
 def test_a_blocking_call_in_a_loop_is_still_refused(front: str) -> None:
     results(2, mixed_with_tasks, front=front)
 
+
+
+async def the_next_world(rt: Any, group: Any, ctl: Any) -> None:
+    """A call without ``group=`` takes the short way of the world of the day, and none where the world has a limit to watch."""
+    x = np.ones(4)
+    for _ in range(3):
+        assert (await rt.all_sum(x))[0] == 2
+    await rt.close()
+    for _ in range(3):
+        with pytest.raises(rt.GroupClosedError, match=r"all_sum \(float64, 32 B\): the group was closed here"):
+            await rt.all_sum(x)
+    group = await rt.init(timeout=1.0)
+    for _ in range(3):
+        assert (await rt.all_sum(x))[0] == 2
+    if group.rank() == 0:
+        with pytest.raises(rt.CollectiveTimeoutError):
+            await rt.all_sum(x)
+        ctl.tell("timed out")
+    else:
+        ctl.hear()
+
+
+@fronts
+def test_the_next_world_has_a_table_and_a_limit_of_its_own(front: str) -> None:
+    with Ranks(2, the_next_world, front=front) as ranks:
+        assert ranks.hear(0) == "timed out"
+        ranks.tell(1, "go")
+        assert all(outcome.error is None for outcome in ranks.wait())
+
+
+@pytest.mark.parametrize("module", [rt, rt.sync])
+def test_calls_with_a_short_way_refuse_arguments_by_their_name(module: Any) -> None:
+    for name in ("all_reduce", "all_sum", "all_max", "all_min", "all_gather", "all_to_all", "sum_scatter"):
+        call = getattr(module, name)
+        assert call.__name__ == name and list(inspect.signature(call).parameters)[0] == "x" and call.__doc__
+        for arguments, keywords, words in (
+            ((), {}, "missing 1 required positional argument: 'x'"), ((1, "sum", 2), {}, "positional arguments but"),
+            ((1,), {"copy": True}, "unexpected keyword argument 'copy'"),
+        ):  # fmt: skip
+            with pytest.raises(TypeError, match=rf"{name}\(\) .*{words}"):
+                call(*arguments, **keywords)
