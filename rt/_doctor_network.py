@@ -196,9 +196,10 @@ class Examination:
     def _find_addresses(self, number: int) -> None:
         host, ssh = self.hosts[number], self.hosts[number].facts["ssh"]
         here, why = (ssh[2], "ssh came in there") if len(ssh) == 4 else self._towards_others(number)
+        ips = self._probes[number].host.chosen_ips
         if self._choice is not None:
             try:
-                host.addresses = interfaces.choose(host.interfaces, self._choice, here)
+                host.addresses = interfaces.reached(host.interfaces, self._choice, here, ips)
             except ConfigError as error:
                 raise Silent(str(error), "name an interface or network that this host has, or give it ips in the hostfile") from None
             host.why = f"{interfaces.VARIABLE}={self._choice.text}"

@@ -1,4 +1,4 @@
-"""What ranks are handed besides variables: rank 0's listening socket, ports that are free, files that have no name.
+"""What ranks are handed besides variables: rank 0's listening socket, addresses, ports that are free, files that have no name.
 
 May live here: these, on the ranks' own host. May not: what is in the files, who gets what (``_launch_plan``), the processes.
 """
@@ -9,12 +9,11 @@ import errno
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-
-class NoAddressError(Exception):
-    """This host cannot listen there; the message says why."""
+from rt import interfaces
+from rt.errors import ConfigError
 
 
 class Handed:
@@ -24,6 +23,32 @@ class Handed:
         self.listener: socket.socket | None = None
         self._held: list[socket.socket] = []
         self._files: dict[str, tuple[str, IO[bytes]]] = {}  # by content
+
+    def look(self, question: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+        """Find the addresses at which ranks here are reached, and ports there.
+
+        Args:
+            question: see ``_launch_plan.question``.
+            environ: says, if anything does, which interfaces are asked for.
+
+        Returns:
+            What ``_launch_plan.Ground`` holds of it.
+
+        Raises:
+            ConfigError: there is no such address, or nobody can listen there.
+        """
+        choice = interfaces.asked(None, environ) if question["size"] > 1 else None
+        found = interfaces.listing() if choice is not None else []
+        reached = {rank: interfaces.reached(found, choice, question["here"], ips) for rank, ips in question["ips"].items()}
+        first = next(iter(reached.values()))
+        place = question["here"] if choice is None else first[0]
+        return {
+            "address": place,
+            "addresses": reached,
+            "interfaces": interfaces.nccl_names(found, first) if choice is not None else "",
+            "listening": self.listen(place, question["size"]) if question["listen"] else 0,
+            "ports": {rank: self.free_ports(often(addresses, question["ports"])) for rank, addresses in reached.items()},
+        }
 
     def listen(self, address: str, size: int) -> int:
         """Open rank 0's socket, which it inherits so that nobody can take its port in between, and return the port."""
@@ -76,6 +101,11 @@ class Handed:
             self.listener = None
 
 
+def often(addresses: Sequence[str], count: int) -> list[str]:
+    """Return each address ``count`` times in a row: as many connections it is to have."""
+    return [address for address in addresses for _ in range(count)]
+
+
 def _listen(address: str, backlog: int = 1) -> socket.socket:
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
@@ -89,5 +119,5 @@ def _listen(address: str, backlog: int = 1) -> socket.socket:
         return sock
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
-            raise NoAddressError(f"{address} is no address of this host") from None
-        raise NoAddressError(f"cannot listen at {address}: {error.strerror}") from None
+            raise ConfigError(f"{address} is no address of this host") from None
+        raise ConfigError(f"cannot listen at {address}: {error.strerror}") from None

@@ -22,8 +22,9 @@ from rt._launch_backend import SECONDS, Found, decide
 from rt._launch_link import Link, RemoteFeed, RemoteRank, Want
 from rt._launch_loop import Loop
 from rt._launch_options import Options
-from rt._launch_plan import Ground, crews, is_reachable, nth_gpu, ring_addresses, told, travelling, uses_ring_file
+from rt._launch_plan import Ground, crews, even_out, is_reachable, nth_gpu, question, told, travelling, uses_ring_file
 from rt._launch_ranks import Files
+from rt.interfaces import VARIABLE
 from rt.secret import make_key
 
 READY_SECONDS = 30.0  # for a host to connect, start Python and look around
@@ -125,18 +126,17 @@ class Hosts:
         self._rows = [row for row in unreachable if row]
         self._asked = [link for link, row in zip(self.links, unreachable, strict=True) if row is None]
         # For what NCCL needs, with these variables; not where the job will not start anyway.
-        asks = None if self._options.backend or any(unreachable) else travelling(self._options, self._environ)
+        travels = travelling(self._options, self._environ)
+        asks = None if self._options.backend or any(unreachable) else travels
         if asks is not None:
             self._deadline += SECONDS  # a CuPy that takes long makes no host late
         for link, ground in zip(self.links, self._grounds, strict=True):
             if link not in self._asked:
                 continue
             self._rows += self._unfit(link, ground)
-            ranks = link.crew.ranks if self._options.starting_port is None and self._options.size > 1 else ()
-            addresses = {str(rank): ring_addresses(self._options, rank, ground.address) for rank in ranks if ground.address}
-            listen = ground.address if 0 in link.crew.ranks and not uses_ring_file(self._options) else ""
-            job = {"command": self._options.command, "cwd": self._options.cwd, "default_cwd": os.getcwd(), "size": self._options.size}
-            link.send(Kind.CHECK, 0, job | {"listen": listen, "addresses": addresses, "asks": asks})
+            job = {"command": self._options.command, "cwd": self._options.cwd, "default_cwd": os.getcwd(), "asks": asks}
+            job["iface"] = travels.get(VARIABLE)
+            link.send(Kind.CHECK, 0, job | question(self._options, link.crew, ground.address))
 
     def _unreachable(self, link: Link, late: bool) -> Row | None:
         """Say why a host has not said what it is, or that it is of another version."""
@@ -204,15 +204,17 @@ class Hosts:
     def _start(self) -> None:
         for link, ground in zip(self.links, self._grounds, strict=True):
             assert link.checked is not None
-            ground.listening = link.checked["listening"]
-            ground.ports = {int(rank): [(host, port) for host, port in ports] for rank, ports in link.checked["ports"].items()}
+            ground.learn(link.checked["ground"])
+        if even_out(self._grounds, self._options.connections_per_ip):
+            self._report("hosts have different numbers of addresses: the first of each is used")
         if not self._options.backend:
             self._choose()
         environment = travelling(self._options, self._environ)
-        where = ", ".join(f"{ground.address} ({link.crew.host.name})" for link, ground in zip(self.links, self._grounds, strict=True))
+        places = zip(self.links, self._grounds, strict=True)
+        where = ", ".join(f"{ground.addresses[link.crew.ranks[0]][0]} ({link.crew.host.name})" for link, ground in places)
         self._report(f"{self._options.size} ranks of {shlex.join(self._options.command)} on {len(self.links)} hosts: {where}")
         self._report(f"variables that go along: {', '.join(sorted(environment)) or 'none'}")
-        words = told(self._options, self._crews, self._grounds, environment.get("CUDA_VISIBLE_DEVICES"))
+        words = told(self._options, self._crews, self._grounds, environment)
         secret = make_key()
         for link in self.links:
             ranks = {str(rank): {"variables": words[rank].variables, "files": words[rank].files} for rank in link.crew.ranks}
@@ -297,6 +299,8 @@ def explain_python(python: str, noise: bytes, code: int | None) -> tuple[str, st
 
 def advice(problem: str) -> str:
     """Say what to do about something that a host has found wrong with the job."""
+    if problem.startswith(VARIABLE):
+        return "name interfaces or networks that it has: --iface, or RT_SOCKET_IFNAME"
     if "is no address" in problem or "cannot listen" in problem:
         return 'correct "ips" in the hostfile'
     if "--cwd" in problem:

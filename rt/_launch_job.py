@@ -19,7 +19,7 @@ import select
 import shlex
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from io import FileIO
 from types import TracebackType
@@ -35,7 +35,7 @@ from rt._launch_input import Feed, Input
 from rt._launch_link import RemoteStream
 from rt._launch_loop import Loop
 from rt._launch_options import Options
-from rt._launch_plan import Ground, Told, crews, nth_gpu, ring_addresses, show_address, told
+from rt._launch_plan import Ground, Told, crews, even_out, nth_gpu, question, show_address, told
 from rt._launch_ranks import (
     THREADS,
     Files,
@@ -48,6 +48,7 @@ from rt._launch_ranks import (
     tie_to_this_process,
     wait_for_any,
 )
+from rt.errors import ConfigError
 from rt.secret import make_secret_fd
 
 TIMED_OUT = 124  # the exit code of timeout(1)
@@ -150,12 +151,17 @@ class Job:
         shared = environment(os.environ, options.environment, options.size)
         tie = tie_to_this_process(self._guard)
         handed = Handed()
-        gpus = options.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
+        variables = {**os.environ, **options.environment}
+        gpus = variables.get("CUDA_VISIBLE_DEVICES")
         if options.backend == "nccl" and not nth_gpu(gpus, options.size - 1):
             self._fail(2, f"CUDA_VISIBLE_DEVICES: found {gpus!r} for {options.size} ranks, expected a GPU for each")
             return
-        words, address = self._tell(handed, gpus)
-        self._report(f"{options.size} ranks of {shlex.join(command)}; coordinator {address}")
+        try:
+            words, place = self._tell(handed, variables)
+        except ConfigError as error:
+            self._fail(2, str(error))
+            return
+        self._report(f"{options.size} ranks of {shlex.join(command)}; {place}")
         self._report(f"{cores()} cores; " + ", ".join(f"{name}={shared.get(name, 'unset')}" for name in THREADS))
         feeds: list[Feed] = []
         secret = make_secret_fd()
@@ -177,15 +183,15 @@ class Job:
         if feeds and self._plan is None:
             self._input = Input(0, feeds, self._grace, self._say)
 
-    def _tell(self, handed: Handed, gpus: str | None) -> tuple[list[Told], str]:
-        """Return what each rank is told, and where they meet."""
-        options = self._options
-        ground = Ground("127.0.0.1", handed.listen("127.0.0.1", options.size))
-        if options.starting_port is None and options.size > 1:
-            ground.ports = {rank: handed.free_ports(ring_addresses(options, rank, ground.address)) for rank in range(options.size)}
+    def _tell(self, handed: Handed, variables: Mapping[str, str]) -> tuple[list[Told], str]:
+        """Return what each rank is told, and where they meet. Raises ConfigError: nowhere, as things are."""
+        crewed = crews(self._options.hosts)
+        ground = Ground("127.0.0.1")
+        ground.learn(handed.look(question(self._options, crewed[0], ground.address), variables))
+        even_out([ground], self._options.connections_per_ip)
         handed.let_go()
-        words = told(options, crews(options.hosts), [ground], gpus)
-        return words, show_address(ground.address, ground.listening)
+        place = f"coordinator {show_address(ground.address, ground.listening)}" if ground.listening else "a ring file"
+        return told(self._options, crewed, [ground], variables), place
 
     def _files(self) -> Files:
         """Return what ranks here have as standard files: one that is alone keeps ours, there is nothing to tell apart."""

@@ -11,7 +11,9 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from rt._launch_handed import often
 from rt._launch_options import FAMILIES, Options
 from rt._launch_ranks import NOT_INHERITED, THREADS, UNBUFFERED, environment
 from rt.hostfile import Host
@@ -34,15 +36,26 @@ class Ground:
 
     Attributes:
         address: at which other hosts reach it.
+        gpus: its CUDA_VISIBLE_DEVICES.
+        addresses: per rank those at which it is reached, each for a cable.
+        interfaces: those that were asked for, as NCCL_SOCKET_IFNAME names them; "" if nobody asked.
         listening: rank 0's host: the port of its listening socket, 0 if it has none.
         ports: per rank and address free ports, as many as there are connections.
-        gpus: its CUDA_VISIBLE_DEVICES.
     """
 
     address: str
+    gpus: str | None = None
+    addresses: dict[int, list[str]] = field(default_factory=dict)
+    interfaces: str = ""
     listening: int = 0
     ports: dict[int, list[tuple[str, int]]] = field(default_factory=dict)
-    gpus: str | None = None
+
+    def learn(self, answer: Mapping[str, Any]) -> Ground:
+        """Note what the host answers to :func:`question`, and return this."""
+        self.address, self.interfaces, self.listening = answer["address"], answer["interfaces"], answer["listening"]
+        self.addresses = {int(rank): list(addresses) for rank, addresses in answer["addresses"].items()}
+        self.ports = {int(rank): [(host, port) for host, port in ports] for rank, ports in answer["ports"].items()}
+        return self
 
 
 @dataclass(frozen=True)
@@ -72,24 +85,45 @@ def uses_ring_file(options: Options) -> bool:
     return options.size > 1 and (options.starting_port is not None or (options.remote and all(host.ips for host in options.hosts)))
 
 
-def ring_addresses(options: Options, rank: int, address: str) -> list[str]:
-    """Return the addresses of a rank in the ring file, each as often as it is to have connections."""
-    return [ip for ip in options.hosts[rank].ips or (address,) for _ in range(options.connections_per_ip)]
+def question(options: Options, crew: Crew, here: str) -> dict[str, Any]:
+    """Return what a host is asked: at which addresses its ranks are reached, and for ports there.
+
+    Args:
+        options: the command line.
+        crew: the host.
+        here: its address on the way to the others, "" where that is not known.
+    """
+    return {
+        "here": here,
+        "size": options.size,
+        "ips": {str(rank): options.hosts[rank].chosen_ips for rank in crew.ranks},
+        "listen": 0 in crew.ranks and not uses_ring_file(options),
+        "ports": options.connections_per_ip if options.starting_port is None and options.size > 1 else 0,
+    }
 
 
-def told(options: Options, crewed: Sequence[Crew], grounds: Sequence[Ground], allowed_gpus: str | None) -> list[Told]:
+def even_out(grounds: Sequence[Ground], connections: int) -> bool:
+    """Leave each rank the first of its addresses where ranks have different numbers of them; say whether that was so."""
+    uneven = len({len(addresses) for ground in grounds for addresses in ground.addresses.values()}) > 1
+    for ground in grounds if uneven else ():
+        ground.addresses = {rank: addresses[:1] for rank, addresses in ground.addresses.items()}
+        ground.ports = {rank: ports[:connections] for rank, ports in ground.ports.items()}
+    return uneven
+
+
+def told(options: Options, crewed: Sequence[Crew], grounds: Sequence[Ground], travels: Mapping[str, str]) -> list[Told]:
     """Return what each rank is told, in the order of the ranks.
 
     Args:
         options: the command line.
         crewed: all hosts.
         grounds: what each of them has said.
-        allowed_gpus: CUDA_VISIBLE_DEVICES as it travels, None to use each host's own.
+        travels: the variables that ranks have from the launcher; where CUDA_VISIBLE_DEVICES is not among them, each host's own counts.
     """
     place = {rank: (crew, ground) for crew, ground in zip(crewed, grounds, strict=True) for rank in crew.ranks}
     ring = json.dumps(_ring(options, place))
     rdma = json.dumps([host.rdma for host in options.hosts])
-    first = options.hosts[0].ips[0] if options.hosts[0].ips else place[0][1].address
+    first = place[0][1].addresses[0][0]
     all_told = []
     for rank in range(options.size):
         crew, ground = place[rank]
@@ -105,8 +139,10 @@ def told(options: Options, crewed: Sequence[Crew], grounds: Sequence[Ground], al
         if options.backend:
             variables["RT_BACKEND"] = options.backend.removesuffix("-ring")
         if options.backend == "nccl":
-            gpus = allowed_gpus if allowed_gpus is not None else ground.gpus
+            gpus = travels.get("CUDA_VISIBLE_DEVICES", ground.gpus)
             variables |= {"NCCL_HOST_IP": first, "NCCL_PORT": str(options.nccl_port), "CUDA_VISIBLE_DEVICES": nth_gpu(gpus, local)}
+            if ground.interfaces and "NCCL_SOCKET_IFNAME" not in travels:
+                variables["NCCL_SOCKET_IFNAME"] = ground.interfaces
         elif options.backend.startswith("jaccl"):
             for prefix in ("RT", "MLX"):
                 variables[f"{prefix}_JACCL_COORDINATOR"] = show_address(first, options.starting_port or 32323)
@@ -156,7 +192,7 @@ def _ring(options: Options, place: Mapping[int, tuple[Crew, Ground]]) -> list[li
         if options.starting_port is None:
             ring.append([show_address(host, free) for host, free in ground.ports.get(rank, [])])
             continue
-        addresses = ring_addresses(options, rank, ground.address)
+        addresses = often(ground.addresses[rank], options.connections_per_ip)
         ring.append([show_address(host, port + index) for index, host in enumerate(addresses)])
         port += len(addresses)
     return ring

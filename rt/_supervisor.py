@@ -29,10 +29,12 @@ from rt._forward import BACKLOG_BYTES, READ_BYTES, Sink
 from rt._frames import BEAT_SECONDS, MARK, WINDOW_BYTES, Frame, Kind, Reader, frame
 from rt._launch_backend import Found, Question, ask
 from rt._launch_guard import Guard
-from rt._launch_handed import Handed, NoAddressError
+from rt._launch_handed import Handed
 from rt._launch_loop import Loop
 from rt._launch_options import executable
 from rt._launch_ranks import Child, LocalRank, environment, spawn, tie_to_this_process, wait_for_any
+from rt.errors import ConfigError
+from rt.interfaces import VARIABLE
 from rt.secret import make_secret_fd
 
 SILENCE_SECONDS = 3.5  # of the launcher, after which it has gone
@@ -155,14 +157,12 @@ class Supervisor:
             self._command = executable(job["command"], sys.executable, self._folder)
         except ValueError as error:
             problems.append(str(error))
-        answer: dict[str, Any] = {"ports": {}, "listening": 0}
+        answer: dict[str, Any] = {"problems": problems}
         try:
-            if job["listen"]:
-                answer["listening"] = self._handed.listen(job["listen"], job["size"])
-            answer["ports"] = {rank: self._handed.free_ports(addresses) for rank, addresses in job["addresses"].items()}
-        except NoAddressError as error:
+            if job["here"]:
+                answer["ground"] = self._handed.look(job, os.environ if job["iface"] is None else {VARIABLE: job["iface"]})
+        except ConfigError as error:
             problems.append(str(error))
-        answer["problems"] = problems
         if problems or job["asks"] is None:
             self._say(Kind.CHECKED, 0, answer)
             return

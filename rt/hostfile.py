@@ -45,6 +45,11 @@ class Host:
         return self.ssh in _LOCAL
 
     @property
+    def chosen_ips(self) -> tuple[str, ...]:
+        """The ``ips`` that somebody chose: not an address that ``--hosts`` names the host by, which says where its ssh is."""
+        return () if self.ips == (self.name,) else self.ips
+
+    @property
     def name(self) -> str:
         """What stands for the host in messages and before its lines: without the user."""
         return self.ssh.rpartition("@")[2]

@@ -14,6 +14,7 @@ The syntax is that of ``NCCL_SOCKET_IFNAME`` (NCCL's user guide, environment var
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import os
 from collections.abc import Mapping, Sequence
@@ -194,6 +195,41 @@ def choose(found: Sequence[Interface], choice: Choice, here: str) -> list[str]:
     if not matching:
         raise ConfigError(_nothing(found, choice, here))
     return [_address(each, choice, here) for each in matching]
+
+
+def reached(found: Sequence[Interface], choice: Choice | None, here: str, given: Sequence[str]) -> list[str]:
+    """Return the addresses at which a host of a job is to be reached: those that a hostfile gives, as far as ``choice`` has them.
+
+    Args:
+        found: the interfaces of that host; not looked at without a choice.
+        choice: what was asked for, None if nothing was.
+        here: the host's address on the way to others, for where none is given: see :func:`choose`.
+        given: its ``ips`` in the hostfile.
+
+    Raises:
+        ConfigError: no interface matches, or none with a given address does; it lists what there is.
+    """
+    if choice is None:
+        return list(given) or [here]
+    if not given:
+        return choose(found, choice, here)
+    each_alone = [dataclasses.replace(each, addresses=(address,)) for each in found for address in each.addresses]
+    matching = {_ip(each.addresses[0]) for each in each_alone if (choice.rank(each) is None) == choice.exclude}
+    kept = [host for host in given if _ip(host) in matching]
+    if not kept:
+        raise ConfigError(f"{_nothing(found, choice, here)} and has one of the hostfile's ips ({', '.join(given)})")
+    return kept
+
+
+def nccl_names(found: Sequence[Interface], addresses: Sequence[str]) -> str:
+    """Return the interfaces that have these addresses as ``NCCL_SOCKET_IFNAME`` names them, which knows no networks: ``=eth0,eth1``."""
+    wanted = {_ip(address) for address in addresses}
+    return "=" + ",".join(each.name for each in found if wanted & {_ip(address) for address in each.addresses})
+
+
+def _ip(address: str) -> str:
+    """Return an address in its usual form, without the length of a prefix and without a zone."""
+    return str(ipaddress.ip_interface(address.partition("%")[0]).ip)
 
 
 def _address(interface: Interface, choice: Choice, here: str) -> str:

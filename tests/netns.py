@@ -16,9 +16,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 _APART = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]  # killing the first kills the program
+
+_PATIENCE = 30.0
 
 
 @functools.cache
@@ -119,6 +122,15 @@ def connect(left: Host, left_address: str, right: Host, right_address: str, name
         # nodad: an IPv6 address could else not be used for a second, until the host is sure that nobody else has it.
         host.ip(f"address add {address} dev {name}" + (" nodad" if ":" in address else ""))
         host.ip(f"link set {name} up")
+
+
+def until_running(made: Sequence[Host]) -> None:
+    """The kernel tells at most once in a second that cables have been plugged in; until then they are not looked at."""
+    until = time.monotonic() + _PATIENCE
+    for host in made:
+        while any(cable["operstate"] != "UP" for cable in json.loads(host.ip("-j link show")) if cable["ifname"] != "lo"):
+            if until < time.monotonic():
+                raise RuntimeError("a cable that was plugged in does not come up")
 
 
 @contextlib.contextmanager

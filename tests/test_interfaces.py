@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rt import config
 from rt.errors import ConfigError
-from rt.interfaces import VARIABLE, Interface, asked, between, choose, listing, parse, reachable
+from rt.interfaces import VARIABLE, Interface, asked, between, choose, listing, nccl_names, parse, reachable, reached
 
 LO = Interface("lo", ("127.0.0.1/8", "::1/128"), 65536, loopback=True)
 ETH0 = Interface("eth0", ("10.0.0.1/24", "fe80::1/64", "fd00::1/64"), 1500)
@@ -172,3 +172,28 @@ def test_addresses_that_others_may_reach() -> None:
         Interface("eth1", ("10.0.1.1/24",), up=False),
     ]
     assert reachable(found) == ["10.0.0.1/24", "fd00::1/64"]
+
+
+@pytest.mark.parametrize(
+    ("text", "given_ips", "expected"),
+    [
+        (None, ["10.7.7.7"], ["10.7.7.7"]),
+        (None, [], ["10.0.0.1"]),
+        ("eth1", [], ["10.1.0.1"]),
+        ("eth1", ["10.0.0.1", "10.9.0.1", "10.1.0.1"], ["10.9.0.1", "10.1.0.1"]),
+        ("10.9.0.0/16", ["10.9.0.1", "10.1.0.1"], ["10.9.0.1"]),
+        ("^eth1", ["10.1.0.1", "fd00:0::1", "fe80::1%eth0"], ["fd00:0::1", "fe80::1%eth0"]),
+    ],
+)
+def test_the_ips_of_a_hostfile_as_far_as_they_lie_on_an_interface_asked_for(
+    text: str | None, given_ips: list[str], expected: list[str]
+) -> None:
+    choice = None if text is None else parse(text)
+    assert reached([LO, ETH0, ETH1], choice, "10.0.0.1", given_ips) == expected
+
+
+def test_ips_of_which_none_lies_there_and_interfaces_as_nccl_names_them() -> None:
+    message = r"=eth1: found .*, expected one that matches and has one of the hostfile's ips \(10\.0\.0\.1, 10\.8\.0\.1\)"
+    with pytest.raises(ConfigError, match=message):
+        reached([ETH0, ETH1], parse("eth1"), "10.0.0.1", ["10.0.0.1", "10.8.0.1"])
+    assert nccl_names([ETH0, ETH1, ETH10], ["10.2.0.1", "fe80::1%eth0"]) == "=eth0,eth10"

@@ -5,19 +5,17 @@ May live here: ranks with a coordinator on hosts. May not: making hosts (``netns
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import hosts
 import netns
 import pytest
-from hosts import PATIENCE, PORT, PROGRAM, ROOT, ends, last_line, start
+from hosts import PORT, PROGRAM, ROOT, ends, last_line, start
 
 pytestmark = hosts.NEEDED
 
@@ -31,17 +29,9 @@ def two_cables() -> Iterator[list[netns.Host]]:
         yield both
 
 
-def until_running(both: list[netns.Host]) -> None:
-    """The kernel tells at most once in a second that cables have been plugged in; until then they are not looked at."""
-    until = time.monotonic() + PATIENCE
-    for host in both:
-        while any(cable["operstate"] != "UP" for cable in json.loads(host.ip("-j link show")) if cable["ifname"] != "lo"):
-            assert time.monotonic() < until
-
-
 def used(both: list[netns.Host], texts: list[str | None], **more: str) -> tuple[list[tuple[int, str, str]], list[str]]:
     """How the ranks ended, and which cables carried data; ranks meet over cable0."""
-    until_running(both)
+    netns.until_running(both)
     env = {"RT_COORDINATOR": f"10.1.0.1:{PORT}", "RT_WORLD_SIZE": "2", "RT_INSECURE": "1", "RT_CONNECT_TIMEOUT": "20", **more}
     cables = ("cable0", "cable1")
     before = {cable: both[0].sent(cable) for cable in cables}
@@ -130,6 +120,6 @@ def test_loopback_is_never_told_to_another_host(two_cables: list[netns.Host], tm
         assert status == 1
         expected = r"rank 1 is reached at 127\.0\.\d\.1:\d+ only, .* another rank comes from 10\.1\.0\.2:\d+: give RT_COORD"
         assert re.search(expected, last_line(errors)), errors
-    until_running(two_cables)
+    netns.until_running(two_cables)
     ended = named(two_cables, tmp_path, ranks, RT_SOCKET_IFNAME="cable0")  # what the error says
     assert [(status, output) for status, output, _ in ended] == [(0, "sum 6.0 of 3\n")] * 3, ended
