@@ -123,7 +123,7 @@ class Hosts:
         """All have said what they are, or will not: ask those that can be used what they think of the program."""
         unreachable = [self._unreachable(link, late) for link in self.links]
         self._grounds = [Ground(address, gpus=(link.hello or {}).get("gpus")) for link, address in self._addresses()]
-        self._rows = [row for row in unreachable if row]
+        self._rows = [*(row for row in unreachable if row), *self._known_by_two_names()]
         self._asked = [link for link, row in zip(self.links, unreachable, strict=True) if row is None]
         # For what NCCL needs, with these variables; not where the job will not start anyway.
         travels = travelling(self._options, self._environ)
@@ -151,6 +151,16 @@ class Hosts:
         if link.code == _ssh.FAILED:
             return name, *_ssh.explain(link.crew.host, link.noise)
         return name, *explain_python(python, link.noise, link.code)
+
+    def _known_by_two_names(self) -> Iterator[Row]:
+        """Find hosts that are one: each of its names would count its ranks, GPUs and cores from the start."""
+        known: dict[tuple[str | int, ...], Link] = {}
+        for link in self.links:
+            machine = (link.hello or {}).get("machine")
+            first = known.setdefault(tuple(machine), link) if machine else link
+            if first is not link:
+                name, other = link.crew.host.ssh, first.crew.host.ssh
+                yield link.crew.host.name, f"{name} and {other} are one host", f"write {other} once for each rank, or once with -n"
 
     def _addresses(self) -> Iterator[tuple[Link, str]]:
         """Yield at which address other hosts reach each one: its own, or the one that ssh used; ours is the one they see ssh come from.

@@ -33,6 +33,7 @@ from rt._launch_handed import Handed
 from rt._launch_loop import Loop
 from rt._launch_options import executable
 from rt._launch_ranks import Child, LocalRank, environment, spawn, tie_to_this_process, wait_for_any
+from rt.bootstrap import HostInfo
 from rt.errors import ConfigError
 from rt.interfaces import VARIABLE
 from rt.secret import make_secret_fd
@@ -356,7 +357,7 @@ def _about_this_host() -> dict[str, Any]:
     """Say what a launcher of any version understands."""
     client, _, server, *_ = [*os.environ.get("SSH_CONNECTION", "").split(), "", "", "", ""]
     about = {"version": rt.__version__, "client": client, "server": server, "hostname": socket.gethostname()}
-    return about | {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    return about | {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "machine": HostInfo.mine().machine}
 
 
 def _folder(asked: str | None, default: str) -> str | None:

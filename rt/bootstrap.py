@@ -78,6 +78,11 @@ class HostInfo:
         return bool(self.boot_id) and (self.boot_id, self.pid_namespace) == (other.boot_id, other.pid_namespace)
 
     @property
+    def machine(self) -> tuple[str, str, int, int] | None:
+        """Equal for two logins to one host; containers of one system differ. None: the system does not say."""
+        return (self.hostname, self.boot_id, self.net_namespace, self.pid_namespace) if self.boot_id else None
+
+    @property
     def network(self) -> tuple[str, str, int]:
         """Equal for ranks that reach each other without a cable, also where they share no memory: one system, one network namespace."""
         return self.hostname, self.boot_id, self.net_namespace

@@ -140,6 +140,22 @@ def test_more_ranks_than_gpus(tmp_path: Path) -> None:
     assert "CUDA_VISIBLE_DEVICES=3 for 2 ranks  allow one GPU per rank, or start fewer" in done.stderr
 
 
+def test_one_host_under_several_names(tmp_path: Path) -> None:
+    """It would be counted as several: each of its ranks would be the first there, with the first GPU and all cores."""
+    with sshd.site(tmp_path, 2) as site:
+        done = launch(site, "--backend", "nccl", "echo", "started", hosts=["host0", "root@host0", "host1", "10.2.0.1"])
+        head, *found, verdict = done.stderr.splitlines()
+        assert (done.returncode, done.stdout) == (2, "") and head.startswith("host ")
+        advice = "write host0 once for each rank, or once with -n"
+        assert [re.split("  +", row) for row in found] == [
+            ["host0", "root@host0 and host0 are one host", advice],
+            ["10.2.0.1", "10.2.0.1 and host0 are one host", advice],
+        ]
+        assert verdict == "rt.launch: nothing was started: 2 of 4 hosts are not ready"
+        done = launch(site, "sh", "-c", "echo $RT_LOCAL_RANK of $RT_LOCAL_SIZE", hosts=["root@host0", "host1", "root@host0"])
+        assert sorted(done.stdout.splitlines()) == ["[0 host0] 0 of 2", "[1 host1] 0 of 1", "[2 host0] 1 of 2"]
+
+
 SLOW = ["Host slow", "  ProxyCommand sleep 1000", "  ConnectTimeout 1000"]
 
 
