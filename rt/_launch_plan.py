@@ -1,21 +1,20 @@
 """Which ranks run on which host, and what each is told about itself and the others.
 
-May live here: pure functions from options and what hosts have said to environments; the text of a dry run. May not: processes, sockets,
-the environment of this process.
+May live here: pure functions from options and what hosts have said to environments. May not: processes, sockets, the environment of this
+process, the text of a dry run (``_launch_dry``).
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rt._launch_handed import often
 from rt._launch_options import FAMILIES, Options
-from rt._launch_ranks import NOT_INHERITED, THREADS, UNBUFFERED, environment
+from rt._launch_ranks import NOT_INHERITED
 from rt.hostfile import Host
 
 # What our own launcher tells a rank, and a launcher that runs inside of a rank must not pass on.
@@ -196,29 +195,6 @@ def _ring(options: Options, place: Mapping[int, tuple[Crew, Ground]]) -> list[li
         ring.append([show_address(host, port + index) for index, host in enumerate(addresses)])
         port += len(addresses)
     return ring
-
-
-def dry_run(options: Options, inherited: Mapping[str, str], address: str) -> Iterator[str]:
-    """Yield the lines of a shell that would start the ranks, one line for each.
-
-    A secret is not among them: the launcher makes one for every job, and ranks that find none use their user's own.
-    """
-    yield "# One command for each rank, in a terminal of its own. rt.launch hands over a secret too, and to rank 0 a listening socket."
-    if options.remote:
-        yield "# Across hosts they need a secret: make a file with mode 0600, copy it to all, and set RT_SECRET_FILE."
-    gone = [word for name in NOT_INHERITED if name in inherited and name not in options.environment for word in ("-u", name)]
-    for crew in crews(options.hosts):
-        shared = environment(inherited, options.environment, len(crew.ranks))
-        chosen = [UNBUFFERED, *THREADS, *options.environment]
-        named = {name: shared[name] for name in chosen if name in shared and name != "RT_SECRET"}
-        if not crew.host.is_local:
-            named = travelling(options, inherited) | named
-        for local, rank in enumerate(crew.ranks):
-            told = named | identity(rank, options.size, local, len(crew.ranks)) | {"RT_COORDINATOR": address}
-            unset = gone if crew.host.is_local else []
-            words = shlex.join(["env", *unset, *(f"{name}={value}" for name, value in told.items()), *program(options)])
-            line = (f"cd {shlex.quote(options.cwd)} && " if options.cwd else "") + words
-            yield line if crew.host.is_local else shlex.join(["ssh", crew.host.ssh, line])
 
 
 def program(options: Options) -> list[str]:

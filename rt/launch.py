@@ -4,21 +4,21 @@ May live here: the way from a command line to an exit code, in outline. May not:
 is told what in ``_launch_plan``, the loop in ``_launch_job``, processes in ``_launch_ranks``, what they write and read in ``_forward`` and
 ``_launch_input``, what is left when the launcher itself is killed in ``_launch_guard``, and the backend that nobody named in
 ``_launch_backend``. Other hosts: ``_launch_hosts`` looks at them together, ``_launch_link`` is the connection to one, and ``_supervisor``
-is at its far end. MPI's own launcher: ``_launch_mpi``.
+is at its far end. MPI's own launcher: ``_launch_mpi``. What is shown in place of all this: ``_launch_dry``.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 
+from rt._launch_dry import dry_run
 from rt._launch_hosts import as_json, table
 from rt._launch_job import Job
 from rt._launch_options import Options, parse
-from rt._launch_plan import dry_run, show_address
 from rt._launch_sync import sync
+from rt.errors import ConfigError
 
 GRACE = 5.0  # seconds between asking a process to end and killing it
 
@@ -41,19 +41,14 @@ def main(argv: Sequence[str] | None = None, *, grace: float = GRACE) -> int:
 
         return _launch_mpi.start(options)
     if options.dry_run:
-        print(*dry_run(options, os.environ, _meeting_place(options)), sep="\n")
+        try:
+            print(*dry_run(options, os.environ), sep="\n")
+        except ConfigError as error:
+            print(f"rt.launch: {error}", file=sys.stderr)
+            return 2
         return 0
     with Job(options, grace) as job:
         return job.run()
-
-
-def _meeting_place(options: Options) -> str:
-    """Return an address at which ranks could meet: here a port that is free, at least now, else one that has to be."""
-    first = options.hosts[0]
-    if options.remote:
-        return show_address((*first.ips, first.name)[0], options.starting_port or 32323)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 def _synced(folder: str, options: Options) -> bool:

@@ -107,16 +107,17 @@ def test_the_lines_of_a_dry_run_can_be_pasted(tmp_path: Path) -> None:
     ranks = [line for line in done.stdout.splitlines() if not line.startswith("#")]
     assert len(ranks) == 2 and all(f"RT_RANK={rank}" in shlex.split(line) for rank, line in enumerate(ranks))
     pipe = subprocess.PIPE
-    shells = [subprocess.Popen(line, shell=True, stdout=pipe, stderr=pipe, text=True, env=environment(MLX_RANK="7")) for line in ranks]
-    for shell in shells:
+    environ = environment(MLX_RANK="7", TMPDIR=str(tmp_path))
+    shells = [subprocess.Popen(line, shell=True, stdout=pipe, stderr=pipe, text=True, env=environ) for line in ranks]
+    for rank, shell in enumerate(shells):
         output, errors = shell.communicate(timeout=PATIENCE)
-        assert (output, errors) == (f"3.0 {folder} light blue None ['$HOME']\n", "")
+        assert (output, errors) == (f"3.0 {folder} light blue {rank} ['$HOME']\n", "")
 
 
 def test_a_dry_run_starts_nothing(script: Path, tmp_path: Path) -> None:
     script.write_text(f"open({str(tmp_path / 'trace')!r}, 'w')")
     done = launch("-n", "3", "--dry-run", "--log-dir", str(tmp_path / "logs"), str(script))
-    assert (done.returncode, len(re.findall(f"^env .* -u {script}$", done.stdout, re.MULTILINE))) == (0, 3)
+    assert (done.returncode, len(re.findall(f"^file0=.* env .* -u {script}$", done.stdout, re.MULTILINE))) == (0, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -283,16 +282,6 @@ def test_code_is_copied_first_if_asked(tmp_path: Path) -> None:
         done = launch(site, "--sync-code", str(code), "true", hosts=["host0", "no-such-name.invalid"])
         assert done.returncode == 2 and done.stderr.splitlines()[1].startswith("no-such-name.invalid  ssh: Could not resolve")
         assert done.stderr.splitlines()[-1] == f"rt.launch: --sync-code {code}: not copied everywhere, nothing was started"
-
-
-def test_a_dry_run_shows_what_to_type(site: sshd.Site) -> None:
-    done = launch(site, "--dry-run", "--env", "A=b c", "train.py", hosts=["localhost", "me@host1"], NCCL_X="1")
-    first, second, local, far = done.stdout.splitlines()
-    assert first.startswith("# One command") and "RT_SECRET_FILE" in second
-    assert "RT_RANK=0" in local and "'A=b c'" in local and local.endswith(f"{sys.executable} -u train.py")
-    ssh, host, line = shlex.split(far)
-    assert (ssh, host) == ("ssh", "me@host1")
-    assert {"RT_RANK=1", "A=b c", "NCCL_X=1", "RT_COORDINATOR=localhost:32323"} < set(shlex.split(line))
 
 
 def test_the_path_of_the_python(site: sshd.Site) -> None:
