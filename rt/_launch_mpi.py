@@ -6,6 +6,7 @@ May live here: its command line and environment, and becoming it. May not: findi
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -16,9 +17,10 @@ from rt._launch_mpi_hosts import Found, look
 from rt._launch_options import Options
 from rt._launch_plan import crews, program, travelling
 from rt._launch_ranks import THREADS, environment
-from rt._mpirun import Launcher, find, installed
+from rt._mpirun import Launcher, find, installed, library
 from rt.errors import ConfigError
 
+_OF_MLX = "MLX_MPI_LIBNAME"
 _HERE = Found([], "", 0)  # nobody needs to be asked
 # By default every host starts those on the next ones where there are many (above 64 in Open MPI 5): each would have to reach each by ssh.
 _ONE_STARTS_ALL = {"4": "OMPI_MCA_plm_rsh_no_tree_spawn", "5": "PRTE_MCA_plm_ssh_no_tree_spawn"}
@@ -29,6 +31,7 @@ def start(options: Options) -> int:
     try:
         _check_names(options)
         launcher = find(options.python, {**os.environ, **options.environment})
+        options = _with_library(options, launcher)
     except ConfigError as error:
         print(f"rt.launch: {error}", file=sys.stderr)
         return 2
@@ -46,6 +49,15 @@ def start(options: Options) -> int:
     if options.cwd is not None:
         os.chdir(options.cwd)
     os.execve(words[0], words, environ)
+
+
+def _with_library(options: Options, launcher: Launcher) -> Options:
+    """Add which library MLX is to load, unless the user says so: it takes the first it finds, and where two MPIs are that one is alone."""
+    known = {**os.environ, **options.environment}
+    name = library(launcher, known)
+    if _OF_MLX in known or not name:
+        return options
+    return dataclasses.replace(options, environment={_OF_MLX: name, **options.environment})
 
 
 def _check_names(options: Options) -> None:

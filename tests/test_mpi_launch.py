@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from mpi import LIBRARIES, PREFIX, libraries
+from peers import PYTHON, needs_peers
 from ranks import bare_environment
 
 LAUNCH = str(PREFIX / "bin" / "rt.launch")
@@ -92,6 +93,40 @@ def test_words_for_mpirun_and_variables_arrive(library: str) -> None:
     assert line.startswith(f"{PREFIX}/bin/"), "absolute, of this interpreter's environment"
     assert line.endswith(f"--mca btl_tcp_links 4 -x 'A B' {sys.executable} -u {__file__} 'x y'"), line
     assert ("--allow-run-as-root" in line) == (library == "openmpi" and os.geteuid() == 0)
+
+
+OF_MLX = "MLX_MPI_LIBNAME"
+WITH_MLX = """
+import mlx.core as mx
+group = mx.distributed.init(strict=True, backend="mpi")
+print("rank", f"{group.rank()} of {group.size()}: {int(mx.distributed.all_sum(mx.array(group.rank() + 1)).item())}", flush=True)
+"""
+
+
+@needs_peers("mlx.launch")
+@needs_peers("ompirun_wrapper")
+def test_a_program_of_mlx_loads_the_library_of_the_launcher(tmp_path: Path) -> None:
+    """It looks for one by itself, and where two MPIs are installed finds that which the launcher is not of."""
+    program = tmp_path / "program.py"
+    program.write_text(WITH_MLX)
+    for variable in ("RT_MPI_LIBNAME", "MPI_LIBNAME"):
+        words = [LAUNCH, "--backend", "mpi", "-n", "2", "--python", str(PYTHON), "--env", f"{variable}=libmpi.so.40", str(program)]
+        check(launched(words))
+
+
+@libraries
+def test_which_library_mlx_is_told(library: str) -> None:
+    name = {"mpich": "libmpi.so.12", "openmpi": "libmpi.so.40"}[library]
+    shown = [sys.executable, "-c", f"import os; print(os.environ['{OF_MLX}'])"]
+
+    def told(**environ: str) -> list[str]:
+        done = launched([LAUNCH, "--backend", "mpi", "-n", "2", *shown], **environ)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    assert told(RT_MPI_LIBNAME=name) == [str(PREFIX / "lib" / name)] * 2
+    assert told(RT_MPI_LIBNAME=f"/elsewhere/{name}") == [f"/elsewhere/{name}"] * 2
+    assert told(RT_MPI_LIBNAME=name, **{OF_MLX: "mine"}) == ["mine"] * 2
 
 
 def test_no_launcher(tmp_path: Path) -> None:
