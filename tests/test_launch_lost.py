@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import sshd
 from far import Watch, lines, running
+from hosts import ROOT
 from launching import PATIENCE, last_line
 
 pytestmark = sshd.NEEDED
@@ -81,13 +83,14 @@ def test_a_launcher_that_is_killed(site: sshd.Site, tmp_path: Path, source: str)
 
 def test_a_connection_that_is_killed(site: sshd.Site, tmp_path: Path) -> None:
     with job(site, tmp_path) as process:
-        watch = Watch(site.servers, MARK)
+        cut_off, others = Watch(site.servers[1:2], MARK), Watch([site.servers[0], site.servers[2]], MARK)
         (ssh, *_) = [pid for pid in processes(process, "ssh") if b"host1" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         since = time.monotonic()
         os.kill(ssh, signal.SIGKILL)
+        assert cut_off.count == 6 and cut_off.gone(since)
         code, text = verdict(process)
         assert (code, text) == (255, "rt.launch: rank 2 (host1) was lost: the connection has ended (ssh killed by signal 9)")
-        assert watch.gone(since + 5)  # those of the other hosts were asked first, with the launcher's own patience
+        assert others.gone(since + 5)  # these were asked first, with the launcher's own patience
 
 
 def test_a_cable_that_is_pulled(site: sshd.Site, tmp_path: Path) -> None:
@@ -120,6 +123,41 @@ rt.init()
 print("ready")
 while True: rt.all_sum(np.ones(1 << 16))
 """
+
+
+def private_files(*kept: str) -> list[str]:
+    """Return what gives a host a /tmp and a /dev/shm of its own, with those folders that are in ours and that it needs."""
+    there = sorted({path for path in kept if path.startswith("/tmp/")})
+    binds = [f"mkdir -p {path} && mount --bind /run/ours/{path.removeprefix('/tmp/')} {path}" for path in there]
+    return ["mkdir /run/ours && mount --bind /tmp /run/ours && mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm", *binds]
+
+
+def files(server: sshd.Server) -> list[str]:
+    """Return what lies in the folders for temporary files of a host."""
+    return [f"{folder}/{name}" for folder in ("/tmp", "/dev/shm") for name in os.listdir(f"/proc/{server.process.pid}/root{folder}")]
+
+
+@pytest.mark.parametrize("killed", ["the launcher", "the supervisors"])
+def test_no_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str) -> None:
+    """Ranks of one host share memory and have a ring file; whoever had to clean up after them has no chance to do so."""
+    (tmp_path / "desk").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "desk"))
+    prepare = private_files(ROOT, sys.prefix, str(tmp_path))
+    with sshd.site(tmp_path, 3, prepare=dict.fromkeys(range(3), prepare)) as site:
+        before = [files(server) for server in site.servers]
+        with job(site, tmp_path, REDUCING) as process:
+            everybody = [Watch(site.servers, mark) for mark in (MARK, "rt._supervisor", "_launch_guard")]
+            since = time.monotonic()
+            if killed == "the launcher":
+                process.send_signal(signal.SIGKILL)
+            else:
+                for server in site.servers:
+                    for pid in server.processes("rt._supervisor"):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+            assert all(watch.count and watch.gone(since) for watch in everybody)
+            process.wait(PATIENCE)
+        assert [files(server) for server in site.servers] == before and os.listdir(tmp_path / "desk") == []
 
 
 def test_a_host_that_is_killed_is_the_cause_and_not_the_ranks_that_miss_it(site: sshd.Site, tmp_path: Path) -> None:
