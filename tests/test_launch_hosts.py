@@ -6,6 +6,7 @@ May live here: hosts that are well. May not: hosts, cables and launchers that br
 
 from __future__ import annotations
 
+import base64
 import collections
 import hashlib
 import json
@@ -78,20 +79,34 @@ def test_interfaces_are_a_variable(site: sshd.Site, script: Path) -> None:
     assert run_source(site, script, source, "--iface", which, hosts=["host0"], RT_SOCKET_IFNAME="other") == [which]
 
 
-def test_the_secret_is_shared_and_shown_nowhere(site: sshd.Site, script: Path) -> None:
-    """Not on a command line or in an environment of any process that ranks can see, which is all of theirs, the launcher's and ssh's."""
+def test_the_secret_is_shared_and_shown_nowhere(site: sshd.Site, script: Path, tmp_path: Path) -> None:
+    """Not on a command line or in an environment of any process that ranks can see, which is all of theirs, the launcher's and ssh's; and
+    in nothing that is written: what sshd logs, what the launcher says, the files of the ranks' output."""
     source = """
-import hashlib
 secret = os.pread(int(os.environ["RT_SECRET_FD"]), 4096, 0).removeprefix(b"rt-secret:")
 assert len(secret) == 64
 processes = [name for name in os.listdir("/proc") if name.isdecimal()]
 seen = [open(f"/proc/{process}/{file}", "rb").read() for process in processes for file in ("cmdline", "environ")]
 assert len(seen) > 6 and not any(secret in text or bytes.fromhex(secret.decode()) in text for text in seen)
-print(hashlib.sha256(secret).hexdigest())
+with open(os.open(sys.argv[1] + str(rank), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+    file.write(secret)
+print("rank", rank, flush=True)
 """
-    digests = {line.split()[-1] for line in run_source(site, script, source)}
-    assert len(digests) == 1 and digests != {line.split()[-1] for line in run_source(site, script, source)}
-    assert not any(digest in server.log.read_text() for server in site.servers for digest in digests)
+    script.write_text(SCRIPT + source)
+    secrets = []
+    for job in ("first", "second"):
+        key, logs = tmp_path / f"{job}-key", tmp_path / f"{job}-logs"
+        done = launch(site, "--verbose", "--log-dir", str(logs), str(script), str(key))
+        assert done.returncode == 0, done.stderr
+        (secret,) = {Path(f"{key}{rank}").read_bytes() for rank in range(4)}
+        written = [file.read_bytes() for file in (*(server.log for server in site.servers), *logs.iterdir())]
+        written += [done.stdout.encode(), done.stderr.encode()]
+        for word, count in ((b"Accepted publickey", 4), (b"rank 3", 2), (b"rt.launch: 4 ranks of", 1)):  # they are what they should be
+            assert sum(word in text for text in written) >= count
+        forms = secret, bytes.fromhex(secret.decode()), base64.b64encode(bytes.fromhex(secret.decode())).rstrip(b"=")
+        assert not any(form in text for form in forms for text in written)
+        secrets.append(secret)
+    assert secrets[0] != secrets[1]
 
 
 def test_a_ring_file_where_all_have_addresses_and_a_coordinator_else(site: sshd.Site, script: Path, tmp_path: Path) -> None:
