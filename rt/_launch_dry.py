@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rt._launch_handed import Handed, often
 from rt._launch_options import Options
-from rt._launch_plan import Crew, Ground, Told, crews, program, question, told, travelling, uses_ring_file
+from rt._launch_plan import Crew, Ground, Told, crews, even_out, program, question, told, travelling, uses_ring_file
 from rt._launch_ranks import NOT_INHERITED, THREADS, UNBUFFERED, environment
 from rt.errors import ConfigError
 from rt.interfaces import VARIABLE
@@ -29,7 +29,8 @@ def dry_run(options: Options, inherited: Mapping[str, str]) -> Iterator[str]:
     """
     crewed = crews(options.hosts)
     travels = travelling(options, inherited) if options.remote else {**inherited, **options.environment}
-    grounds = _guess(options, crewed) if options.remote else [_here(options, crewed[0], travels)]
+    grounds = _guess(options, crewed, inherited) if options.remote else [_here(options, crewed[0], travels)]
+    even_out(grounds, options.connections_per_ip)
     words = told(options, crewed, grounds, travels)
     yield "# One command for each rank, in a terminal of its own. rt.launch hands over a secret too, and to rank 0 a listening socket."
     yield from _notes(options, travels, words)
@@ -54,11 +55,12 @@ def _here(options: Options, crew: Crew, variables: Mapping[str, str]) -> Ground:
     return ground
 
 
-def _guess(options: Options, crewed: Sequence[Crew]) -> list[Ground]:
+def _guess(options: Options, crewed: Sequence[Crew], inherited: Mapping[str, str]) -> list[Ground]:
     """Return what hosts might say: their names as addresses, where they have no others, and ports that have to be free."""
     ports = itertools.count((options.starting_port or _PORT) + 1)  # the first is for jaccl's coordinator
     grounds = [Ground(_address(crew, len(crewed)), listening=next(ports) if index == 0 else 0) for index, crew in enumerate(crewed)]
     for crew, ground in zip(crewed, grounds, strict=True):
+        ground.gpus = inherited.get("CUDA_VISIBLE_DEVICES") if crew.host.is_local else None
         for rank in crew.ranks:
             ground.addresses[rank] = list(options.hosts[rank].chosen_ips or (ground.address,))
             ground.ports[rank] = [(address, next(ports)) for address in often(ground.addresses[rank], options.connections_per_ip)]

@@ -163,6 +163,9 @@ def test_interfaces_by_name_and_two_addresses(tmp_path: Path) -> None:
         file = hostfile(tmp_path, *((f"host{number}", [f"10.{net}.0.{number + 1}" for net in (2, 77)]) for number in range(2)))
         told = seen(site, "--hostfile", file)
         assert len([each for each in told["links"] if each["bandwidth"]]) == 4
+        for which, nets in (("cable", (2, 77)), ("10.77.0.0/16", (77,))):  # of the ips those that lie there, as for rt.launch
+            told = seen(site, "--hostfile", file, "--iface", which)
+            assert [each["addresses"] for each in told["hosts"]] == [[f"10.{net}.0.{number}" for net in nets] for number in (1, 2)]
         told = seen(site, "--hosts", names(site), "--iface", "eth7")
         assert "RT_SOCKET_IFNAME=eth7: found lo (127.0.0.1/8" in findings(told, "host")["host0"]
 

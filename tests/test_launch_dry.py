@@ -88,3 +88,7 @@ def test_a_dry_run_asks_nobody_for_the_address_of_this_host(site: sshd.Site, tmp
     done = launch(site, "--dry-run", "--hostfile", str(file), "train.py", hosts=[])
     near, far = [line for line in done.stdout.splitlines() if not line.startswith("#")]
     assert "RT_COORDINATOR=10.2.0.5:32324" in shlex.split(near) and "RT_COORDINATOR=10.2.0.5:32324" in far and far.startswith("ssh host1 ")
+    options = ["--hostfile", str(file), "--no-env", "--backend", "nccl"]
+    done = launch(site, "--dry-run", *options, "train.py", hosts=[], CUDA_VISIBLE_DEVICES="4")
+    near, far = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    assert "CUDA_VISIBLE_DEVICES=4" in near and "CUDA_VISIBLE_DEVICES=0" in far, "each host's own say, which of others nobody knows"
