@@ -39,6 +39,12 @@ RANK_AND_SIZE = (  # launchers that number ranks but say nothing of where to mee
     ("PMI_RANK", "PMI_SIZE"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
 )
+_RANKS_HERE = {  # by where the rank came from: how many ranks its launcher started on this host, and how many in all
+    "RANK": ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+    "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"),
+    "PMI_RANK": ("MPI_LOCALNRANKS", "PMI_SIZE"),
+    "SLURM_PROCID": ("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"),  # of one host "4", of two "2(x2)"
+}
 _RING_FILE = 'a JSON list with one list of "ip:port" per rank'
 
 
@@ -147,7 +153,7 @@ def resolve_ring(
     if place is None:
         return None
     _check_agreement(place, environ)
-    found = resolve_secret(secret, [host for host, _ in _known(place)], environ)
+    found = resolve_secret(secret, [host for host, _ in _known(place)], environ, _spread(place, environ))
     return _complete(place, found, connections_per_ip, connect_timeout, timeout, shm, environ)
 
 
@@ -359,6 +365,14 @@ def _known(place: _Place) -> list[Address]:
     if place.addresses is not None:
         return [address for addresses in place.addresses for address in addresses]
     return [address for address in (place.coordinator, place.store) if address is not None]
+
+
+def _spread(place: _Place, environ: Environ) -> str:
+    """What the rank's launcher says if it started some ranks on other hosts, else ""."""
+    here, all_of_them = _RANKS_HERE.get(place.rank_from, ("", ""))
+    if here not in environ or environ[here] == environ.get(all_of_them):
+        return ""
+    return f"{here}={environ[here]}, {all_of_them}={environ.get(all_of_them)}"
 
 
 def _job(place: _Place, job_id: str) -> str:

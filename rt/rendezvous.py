@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import itertools
 import logging
 import os
@@ -28,6 +27,7 @@ from importlib import import_module
 from rt import interfaces
 from rt.config import RingConfig
 from rt.errors import ConfigError, RendezvousError
+from rt.secret import is_loopback
 from transports import tcp
 from transports.handshake import Acceptor
 from transports.tcp import Address, Streams
@@ -36,14 +36,6 @@ Table = list[list[Address]]
 
 _log = logging.getLogger("rt")
 _stores = itertools.count()  # a second init in one process must not read the address that the first one published
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address, or a name by its spelling, means the host itself."""
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 class Rendezvous:

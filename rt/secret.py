@@ -64,7 +64,7 @@ class Secret:
         return mac.digest()
 
 
-def resolve_secret(keyword: bytes | str | None, hosts: Iterable[str], environ: Mapping[str, str]) -> Secret:
+def resolve_secret(keyword: bytes | str | None, hosts: Iterable[str], environ: Mapping[str, str], spread: str = "") -> Secret:
     """Find the secret of this job: keyword, descriptor of our launcher, RT_SECRET_FILE, RT_SECRET, RT_INSECURE, the user's own on one host.
 
     RT_INSECURE=1 comes before the user's own secret: where only the coordinator's host is known, rank 0 always finds itself on "one host",
@@ -74,6 +74,7 @@ def resolve_secret(keyword: bytes | str | None, hosts: Iterable[str], environ: M
         keyword: the ``secret`` given to ``init``; text stands for its UTF-8 bytes.
         hosts: host names and addresses that the ranks will connect to, as far as they are known.
         environ: the environment.
+        spread: what says that ranks live on several hosts ("" if nothing does): on rank 0's host the coordinator's address cannot.
 
     Raises:
         ConfigError: a source is malformed or open to others, or ranks live on several hosts and nobody gave a secret.
@@ -88,11 +89,13 @@ def resolve_secret(keyword: bytes | str | None, hosts: Iterable[str], environ: M
         return Secret(_long_enough(_encode(environ["RT_SECRET"]), "RT_SECRET", "characters"), "RT_SECRET")
     if switch(environ, "RT_INSECURE", "connections prove nothing"):
         return Secret(None, "RT_INSECURE=1")
-    foreign = next((host for host in sorted(set(hosts)) if not is_local(host)), None)
-    if foreign is None:
+    known = sorted(set(hosts))
+    foreign = next((host for host in known if not is_local(host)), None)
+    if foreign is None and (not spread or all(map(is_loopback, known))):  # on loopback nobody from elsewhere is to come
         return _own_secret(environ)
+    why = spread if foreign is None else f"{foreign} is another"
     raise ConfigError(
-        f"no secret for a job across hosts ({foreign} is another): found none of RT_SECRET_FILE, RT_SECRET, RT_INSECURE, expected one: "
+        f"no secret for a job across hosts ({why}): found none of RT_SECRET_FILE, RT_SECRET, RT_INSECURE, expected one: "
         "make a file on one host with `(umask 077; head -c 32 /dev/urandom | base64 > ~/.rt-secret)`, "
         "copy it to every other host with `scp -p ~/.rt-secret HOST:` and set RT_SECRET_FILE=~/.rt-secret on all of them; "
         "or, on a network where you trust everybody, set RT_INSECURE=1 on all of them"
@@ -123,6 +126,14 @@ def is_local(host: str) -> bool:
     except (OSError, UnicodeError):
         return False
     return bool(found) and all(_is_local_address(family, sockaddr) for family, _, _, _, sockaddr in found)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or a name by its spelling, means the host itself."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _is_local_address(family: int, sockaddr: tuple[object, ...]) -> bool:

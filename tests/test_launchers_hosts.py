@@ -78,7 +78,7 @@ def test_torchrun(two_cables: list[netns.Host], program: str) -> None:
 @needs_peers("torchrun")
 def test_torchrun_without_a_secret_is_told_how_to_make_one(two_cables: list[netns.Host], program: str) -> None:
     for status, _, errors in torchrun(two_cables, program):
-        assert status == 1 and "ConfigError: no secret for a job across hosts" in errors
+        assert status == 1 and errors.count("ConfigError: no secret for a job across hosts") == 2, errors
 
 
 @needs_peers("torchrun")
@@ -124,17 +124,40 @@ def assert_spread(made: Sequence[netns.Host], command: list[str], **env: str) ->
     assert all(host.sent("cable") - sent > 4 << 20 for host, sent in zip(made, before, strict=True))
 
 
+REFUSED = """
+import sys
+import rt.sync as rt
+try:
+    rt.init(backend="ring", connect_timeout=10)
+except Exception as error:
+    sys.stdout.write(f"{type(error).__name__} {error}\\n"[:200])  # at once: launchers may mix what takes two writes
+"""
+MPIRUN = [
+    ["ompirun_wrapper", "--host", "10.2.0.1:2,10.2.0.2:2", "--prefix", str(BIN.parent), "--allow-run-as-root", *OPEN_MPI],
+    ["mpiexec.hydra", "-hosts", "10.2.0.1,10.2.0.2", "-ppn", "2", "-iface", "cable"],
+]
+
+
+def assert_refused(command: list[str], **env: str) -> None:
+    """Run a launcher without a secret, and see that ranks on rank 0's host are told of it as the others are, and at once."""
+    done = subprocess.run(command, env=environment(**env), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PEERS_PATIENCE)
+    assert done.stdout.count("ConfigError no secret for a job across hosts") == 4, (done.stdout, done.stderr)
+
+
 @pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "-")
 @needs_peers("ompirun_wrapper")
 @needs_peers("mpiexec.hydra")
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["ompirun_wrapper", "--host", "10.2.0.1:2,10.2.0.2:2", "--prefix", str(BIN.parent), "--allow-run-as-root", *OPEN_MPI],
-        ["mpiexec.hydra", "-hosts", "10.2.0.1,10.2.0.2", "-ppn", "2", "-iface", "cable"],
-    ],
-    ids=["Open MPI", "MPICH"],
-)
+@pytest.mark.parametrize("launcher", MPIRUN, ids=["Open MPI", "MPICH"])
+def test_mpirun_without_a_secret(launcher: list[str], tmp_path: Path) -> None:
+    place = {"RT_COORDINATOR": f"10.2.0.1:{PORT}", "OPAL_PREFIX": str(BIN.parent)}
+    with sshd.site_for_mpi(tmp_path, 2) as site:
+        assert_refused(site.command(str(BIN / launcher[0]), *launcher[1:], "-n", "4", sys.executable, "-c", REFUSED), **place)
+
+
+@pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "-")
+@needs_peers("ompirun_wrapper")
+@needs_peers("mpiexec.hydra")
+@pytest.mark.parametrize("launcher", MPIRUN, ids=["Open MPI", "MPICH"])
 def test_mpirun(launcher: list[str], tmp_path: Path, program: str) -> None:
     place = {"RT_COORDINATOR": f"10.2.0.1:{PORT}", "OPAL_PREFIX": str(BIN.parent)}
     with sshd.site_for_mpi(tmp_path, 2) as site:
@@ -145,6 +168,8 @@ def test_mpirun(launcher: list[str], tmp_path: Path, program: str) -> None:
 @pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing() or "-")
 def test_srun(tmp_path: Path, program: str) -> None:
     with netns.switched(3) as (*nodes, desk), slurm.cluster(tmp_path, [*nodes, desk]) as told:
+        refused = desk.command_among_others("srun", "-N", "2", "-n", "4", sys.executable, "-c", REFUSED)
+        assert_refused(refused, RT_COORDINATOR=f"10.2.0.1:{PORT}", **told)
         command = desk.command_among_others("srun", "-N", "2", "-n", "4", sys.executable, program)
         assert_spread(nodes, command, RT_COORDINATOR=f"10.2.0.1:{PORT}", **secret(tmp_path), **told)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from rt.config import resolve_ring
 from rt.errors import ConfigError
 from rt.secret import Secret, is_local, make_secret_fd, resolve_secret
 
@@ -403,3 +404,36 @@ def test_ranks_that_start_at_once_agree_on_it(tmp_path: Path) -> None:
 def line(racer: subprocess.Popen[str]) -> str:
     assert racer.stdout is not None
     return racer.stdout.readline().strip()
+
+
+# --- what other people's launchers say of the hosts ----------------------------------------------------------------------------------
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.3", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "run"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "sizes"),
+    [
+        ("RANK", "LOCAL_WORLD_SIZE=2, WORLD_SIZE=4"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE=2, OMPI_COMM_WORLD_SIZE=4"),
+        ("PMI_RANK", "MPI_LOCALNRANKS=2, PMI_SIZE=4"),
+        ("SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE=2(x2), SLURM_STEP_NUM_TASKS=4"),
+    ],
+)
+def test_a_launcher_that_started_ranks_elsewhere_too(rank: str, sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host of rank 0 the place to meet is local, and the user's own secret of no use."""
+    monkeypatch.setattr("rt.secret.is_local", lambda host: True)
+    place = TORCHRUN if rank == "RANK" else {"RT_COORDINATOR": "10.0.0.1:5000", "RT_WORLD_SIZE": "4"}
+    with pytest.raises(ConfigError) as caught:
+        resolve_ring(environ={**place, rank: "0", **dict(each.split("=") for each in sizes.split(", "))})
+    assert f"no secret for a job across hosts ({sizes})" in str(caught.value)
+
+
+def test_a_launcher_that_started_ranks_here_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rt.secret.is_local", lambda host: True)
+    alone = {**TORCHRUN, "LOCAL_WORLD_SIZE": "4", "HOME": str(tmp_path)}
+    agents = {**alone, "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}  # two on one host: nobody from elsewhere comes to loopback
+    for environ in (alone, agents):
+        found = resolve_ring(environ=environ)
+        assert found is not None and found.secret.of_this_host
