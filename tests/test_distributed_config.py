@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import xml.etree.ElementTree as tree
@@ -223,16 +222,6 @@ def test_a_terminal_shows_who_is_waited_for() -> None:
     with Terminal(sys.executable, "-m", "rt.distributed_config", "--over", "ethernet") as terminal:
         terminal.until("asked 1 host, waiting for 1: 127.0.0.1")
         terminal.until(r'"ssh": "127.0.0.1"')
-
-
-def test_every_test_that_the_documentation_names_is_there() -> None:
-    named = set(re.findall(r"`(test_\w+)`", (Path(ROOT) / "docs" / "mlx.md").read_text(encoding="utf-8")))
-    there = {
-        name
-        for file in (Path(ROOT) / "tests").glob("test_*.py")
-        for name in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))
-    }
-    assert named and named <= there
 
 
 def test_help_teaches(tmp_path: Path) -> None:

@@ -44,6 +44,24 @@ def test_the_api_page_has_every_name() -> None:
     assert shown - {"errors"} == {name for name in rt.__all__ if not name.endswith("Error")}
 
 
+def test_every_test_that_the_documentation_names_is_there() -> None:
+    files = list((ROOT / "tests").glob("*.py"))
+    there = {name for file in files for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(encoding="utf-8"), re.M)}
+    there |= {file.name for file in files} | {file.stem for file in files}
+    for page in PAGES:
+        named = set(re.findall(r"\b(test_\w+(?:\.py)?)(?![\w*])", page.read_text(encoding="utf-8")))
+        assert named <= there, page.name
+
+
+def test_every_line_of_mlx_that_has_a_test_names_it_and_the_others_say_why_not() -> None:
+    _, *tables = (ROOT / "docs" / "mlx.md").read_text(encoding="utf-8").split("| test |\n|---|---|---|\n")
+    rows = [line for table in tables for line in table.split("\n\n")[0].splitlines()]
+    assert len(rows) > 100
+    for row in rows:
+        _, _, here, tests, _ = row.split("|")
+        assert tests == " - " if here.startswith(" not offered: ") else re.fullmatch(r" `test_\w+`(, `test_\w+`)* ", tests), row
+
+
 # --- the rules themselves ---------------------------------------------------------------------------------------------------------------
 
 

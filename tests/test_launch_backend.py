@@ -130,6 +130,9 @@ def test_who_names_a_backend_has_it_and_nobody_is_asked(tmp_path: Path, script: 
     file.write_text(json.dumps({"backend": "ring", "hosts": [{"ssh": "localhost"}]}))
     for options in (["-n2", "--backend", "ring"], ["-n2", "--hostfile", str(file)]):
         assert [line.split()[1] for line in launch(*options, str(script), **there).stdout.splitlines()] == ["ring", "ring"]
+    file.write_text(json.dumps({"backend": "nccl", "hosts": [{"ssh": "localhost"}]}))
+    over = launch("-n2", "--hostfile", str(file), "--backend", "ring", str(script), **there)
+    assert [line.split()[1] for line in over.stdout.splitlines()] == ["ring", "ring"], "the command line goes before the file"
     assert launch("-n2", "--env", "RT_BACKEND=any", str(script), **there).stdout.split()[1] == "any"
     assert launch("-n2", str(script), RT_BACKEND="ring", **there).stdout.split()[1] == "ring"
     assert not trace.exists()

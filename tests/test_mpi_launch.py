@@ -129,6 +129,13 @@ def test_which_library_mlx_is_told(library: str) -> None:
     assert told(RT_MPI_LIBNAME=name, **{OF_MLX: "mine"}) == ["mine"] * 2
 
 
+@libraries
+def test_the_exit_code_is_that_of_mpirun(library: str) -> None:
+    name = {"mpich": "libmpi.so.12", "openmpi": "libmpi.so.40"}[library]
+    done = launched([LAUNCH, "--backend", "mpi", "-n", "2", "--env", f"RT_MPI_LIBNAME={name}", sys.executable, "-c", "exit(3)"])
+    assert done.returncode == 3, done.stderr
+
+
 def test_no_launcher(tmp_path: Path) -> None:
     (tmp_path / "python").symlink_to(sys.executable)
     done = launched([LAUNCH, "--backend", "mpi", "-n", "2", "--python", str(tmp_path / "python"), __file__], PATH=str(tmp_path))

@@ -9,14 +9,16 @@ import asyncio
 import inspect
 import os
 import re
+import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from expected import reduced, same, sample
+from hosts import ROOT
 from nccl import STAND_IN, results, to_device
-from ranks import in_order
+from ranks import bare_environment, in_order
 
 from rt.dtypes import DType, Op, op_supported
 
@@ -356,6 +358,22 @@ async def from_variables(rt: Any, _: Any, ctl: Any) -> float:
 
 def test_variables_of_mlx() -> None:
     assert results(2, from_variables, init=False, env={"RT_BACKEND": None}) == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"MLX_NCCL_TIMEOUT": "200"}, "RendezvousError rank 1/2: the group did not form within 0.2 s"),
+        ({"MLX_NCCL_TIMEOUT": "200", "RT_CONNECT_TIMEOUT": "0.3"}, "RendezvousError rank 1/2: the group did not form within 0.3 s"),
+        ({"MLX_NCCL_TIMEOUT": "soon"}, "ConfigError MLX_NCCL_TIMEOUT: found 'soon', expected a number of milliseconds > 0"),
+    ],
+)
+def test_the_time_that_mlx_gives_to_connecting(given: dict[str, str], said: str) -> None:
+    code = "import rt.sync as rt\ntry: rt.init(True, 'nccl')\nexcept Exception as error: print(type(error).__name__, error)"
+    place = {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": "1", "MLX_RANK": "1", "MLX_WORLD_SIZE": "2"}  # where nobody listens
+    env = {**bare_environment(), "PYTHONPATH": os.pathsep.join([STAND_IN, ROOT]), **place, **given}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith(said), done
 
 
 def declared(text: str) -> list[str]:
