@@ -11,15 +11,19 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 from launching import (
+    PATIENCE,
     PREAMBLE,
     WAIT_FOR_EVER,
+    environment,
     last_line,
     launch,
     launch_source,
+    launcher,
     linux,
 )
 
@@ -160,6 +164,21 @@ def test_every_option_with_a_value_is_known_to_take_one() -> None:
 )
 def test_options_end_at_the_program(line: str, ours: str, command: str) -> None:
     assert split(line.split(), _parser()[1]) == (ours.split(), command.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "size", "words"),
+    [("-n 8 -- ./my-job.sh", 8, ""), ("-n2 -- ./my-job.sh --verbose", 2, " --verbose"), ("-n2 -- script.py -n 3", 2, " -n 3")],
+)
+def test_programs_behind_two_dashes(line: str, size: int, words: str, tmp_path: Path) -> None:
+    """As MLX's guide writes them."""
+    (tmp_path / "my-job.sh").write_text('#!/bin/sh\necho "$RT_RANK of $RT_WORLD_SIZE" "$@"\n')
+    (tmp_path / "my-job.sh").chmod(0o755)
+    (tmp_path / "script.py").write_text("import os, sys; print(os.environ['RT_RANK'], 'of', os.environ['RT_WORLD_SIZE'], *sys.argv[1:])")
+    command = launcher(*line.split())
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, env=environment(), check=False)
+    expected = [f"[{rank}] {rank} of {size}{words}".rstrip() for rank in range(size)]
+    assert (done.returncode, [line.rstrip() for line in sorted(done.stdout.splitlines())], done.stderr) == (0, expected, "")
 
 
 @pytest.mark.parametrize("program", [["script.py"], ["./script.py"], ["python", "script.py"], ["./program"]])
