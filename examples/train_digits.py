@@ -164,10 +164,14 @@ def train(
 # --- checking ------------------------------------------------------------------------------------------------------------------------
 
 
+def digest(weights: Tree) -> bytes:
+    """Return 32 bytes that are others if any bit of the weights is."""
+    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in weights.values())).digest()
+
+
 def same_everywhere(weights: Tree) -> bool:
     """Say whether all ranks hold the same weights to the last bit: gather a digest of each rank's, and compare."""
-    digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in weights.values())).digest()
-    digests = rt.sync.all_gather(np.frombuffer(digest, np.uint8).copy()).reshape(-1, len(digest))
+    digests = rt.sync.all_gather(np.frombuffer(digest(weights), np.uint8).copy()).reshape(-1, 32)
     return bool((digests == digests[0]).all())
 
 
@@ -238,7 +242,7 @@ def report(how: str, average: Averager, result: Result, same: bool, alone: Resul
     difference = largest_difference(result.losses, alone.losses)
     checks = {
         f"test accuracy {score:.1%} (at least {LEAST_ACCURACY:.0%})": score >= LEAST_ACCURACY,
-        "weights bit-identical on all ranks": same,
+        f"weights bit-identical on all ranks (sha256 {digest(result.weights).hex()[:16]})": same,
         f"losses equal to one process within {difference:.0e} (at most {LOSS_TOLERANCE:.0e})": difference <= LOSS_TOLERANCE,
     }
     cost = f"{average.nbytes / 1e6:.1f} MB reduced per rank; {average.seconds:.2f} s of {result.seconds:.2f} s in communication"
