@@ -7,7 +7,6 @@ May live here: those options, their help, and what is wrong about them, or about
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from bench import measure, report
 from bench.adapters import MPI_PEERS, PEERS
 from bench.collectives import COLLECTIVES, Collective
 from bench.data import DTYPES, OPS
+from rt._output_file import unwritable as why_unwritable
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _FRONTS = ("sync", "async")
@@ -190,13 +190,6 @@ def unwritable(arguments: argparse.Namespace) -> str:
         path = getattr(arguments, name, None)
         if path is None or (name == "json" and path == "-"):
             continue
-        new = not os.path.lexists(path)
-        if not new and not os.path.isfile(path) and not os.path.isdir(path):
-            continue  # a pipe or a device: its reader would see it closed
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))
-        except OSError as error:
-            return f"--{name} {path}: found {error.strerror!r}, expected a file that can be written"
-        if new:
-            os.unlink(path)
+        if why := why_unwritable(path):
+            return f"--{name} {path}: found {why!r}, expected a file that can be written"
     return ""

@@ -6,10 +6,13 @@ May live here: options and their help. May not: asking hosts, decisions about ca
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rt import interfaces
+from rt._output_file import unwritable
 from rt._wiring_choose import BACKENDS, OVERS
 from rt.errors import ConfigError
 from rt.hostfile import Hostfile, check_variable, parse_hosts, read_hostfile
@@ -82,6 +85,8 @@ def parse(argv: Sequence[str]) -> Options:
         iface = interfaces.asked(found.iface)
         for entry in found.env:
             check_variable(entry, "--env")
+        for name in ("output", "svg", "save_facts"):
+            _check_writable(f"--{name.replace('_', '-')}", getattr(found, name))
     except ConfigError as error:
         parser.error(str(error))
     return Options(
@@ -101,6 +106,14 @@ def parse(argv: Sequence[str]) -> Options:
         save_facts=found.save_facts,
         verbose=found.verbose,
     )
+
+
+def _check_writable(option: str, path: str | None) -> None:
+    """See that a file can be written before hosts are asked, which takes a while."""
+    if path is not None and (why := unwritable(path)):
+        folder = os.path.dirname(path)
+        cure = f"`mkdir -p {shlex.quote(folder)}`, or name another" if folder and not os.path.isdir(folder) else "name another"
+        raise ConfigError(f"argument {option}: found {path!r} ({why}), expected a file that can be written: {cure}")
 
 
 def _hosts(listed: str | None, file: str | None, facts: str | None) -> Hostfile | None:

@@ -178,9 +178,23 @@ def test_a_ring_file_in_place_of_a_hostfile_is_recognised(tmp_path: Path) -> Non
     assert done.returncode == 2 and "found a ring file" in done.stderr
 
 
-def test_files_that_cannot_be_written_are_said(tmp_path: Path) -> None:
-    done = config(tmp_path, "--output", "no/such/folder.json", told=mesh())
-    assert done.returncode == 1 and "no/such/folder.json" in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize("option", ["--output", "--svg", "--save-facts"])
+def test_files_that_cannot_be_written_are_said_before_a_host_is_asked(option: str, tmp_path: Path) -> None:
+    executable(tmp_path / "ssh", f"touch {tmp_path}/asked; exit 255")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = config(tmp_path, "--hosts", "a", option, "no/such folder/file", PATH=path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"rt.distributed_config: error: argument {option}: found 'no/such folder/file' (No such file or directory), "
+        "expected a file that can be written: `mkdir -p 'no/such folder'`, or name another"
+    )
+    (tmp_path / "folder").mkdir()
+    done = config(tmp_path, "--hosts", "a", option, "folder", PATH=path)
+    assert "found 'folder' (Is a directory), expected a file that can be written: name another" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "asked").exists()
+    assert config(tmp_path, "--hosts", "a", option, "folder/file", PATH=path).returncode == 1
+    assert (tmp_path / "asked").exists()
+    assert list((tmp_path / "folder").iterdir()) == [tmp_path / "folder" / "file"] * (option == "--save-facts")  # of who did not answer
 
 
 def test_a_system_that_is_neither(tmp_path: Path) -> None:
