@@ -50,11 +50,11 @@ def test_names_that_only_the_ssh_configuration_knows(how: str, tmp_path: Path) -
 
 
 def test_a_time_limit_ends_ranks_on_other_hosts(tmp_path: Path) -> None:
-    with sshd.site(tmp_path, 2) as site, running(site, tmp_path / "script.py", READY, "--timeout", "6") as process:
+    with sshd.site(tmp_path, 2) as site, running(site, tmp_path / "script.py", READY, "--timeout", "10") as process:
         assert lines(process, 2) == [f"[{rank} host{rank}] ready\n" for rank in range(2)]
         watch = Watch(site.servers, MARK)
         error = process.communicate(timeout=PATIENCE)[1]
-        assert (process.returncode, last_line(error)) == (124, "rt.launch: ended by --timeout 6: ranks 0, 1 were still running")
+        assert (process.returncode, last_line(error)) == (124, "rt.launch: ended by --timeout 10: ranks 0, 1 were still running")
         assert watch.count == 2 and not any(server.processes(MARK) for server in site.servers)
 
 
