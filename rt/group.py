@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from rt import _fastpath
 from rt.aio import BUDGET_BYTES, LoopDriver, Work
 from rt.dtypes import ITEMSIZE, OPS, DType, Op
@@ -93,6 +95,7 @@ ALL_REDUCE_AS = {name: known_as(Collective.ALL_REDUCE, op) for name, op in OPS.i
 SUM_SCATTER_AS = {name: known_as(Collective.REDUCE_SCATTER, op) for name, op in OPS.items()}
 ALL_GATHER_AS = known_as(Collective.ALL_GATHER)
 ALL_TO_ALL_AS = known_as(Collective.ALL_TO_ALL)
+BARRIER_AS = known_as(Collective.BARRIER), np.empty(0, np.uint8)  # has no arrays, and stands in the table under this one
 
 
 def hash64(*parts: object) -> int:

@@ -36,7 +36,7 @@ from rt.errors import (
 from rt.faces import Group as _Group
 from rt.faces import core_of
 from rt.gradients import BUCKET_BYTES, averaging
-from rt.group import ALL_GATHER_AS, ALL_REDUCE_AS, ALL_TO_ALL_AS, SUM_SCATTER_AS, CoreGroup
+from rt.group import ALL_GATHER_AS, ALL_REDUCE_AS, ALL_TO_ALL_AS, BARRIER_AS, SUM_SCATTER_AS, CoreGroup
 
 __all__ = [
     "CollectiveTimeoutError", "ConfigError", "Group", "GroupAbortedError", "GroupBrokenError", "GroupClosedError", "MismatchError",
@@ -157,7 +157,7 @@ all_to_all_v = _api.all_to_all_v
 scan = _api.scan
 exscan = _api.exscan
 sendrecv = _api.sendrecv
-barrier = _api.barrier
+barrier = _fastpath.shortened_barrier(_api.barrier, *BARRIER_AS, wait=_wait)
 send = _api.send
 recv = _api.recv
 recv_like = _api.recv_like

@@ -27,6 +27,7 @@ async def alike_but_not_the_same(rt: Any, group: Any, ctl: Any) -> None:
     x = np.arange(6, dtype=np.float32) + me
     total = 2 * np.arange(6, dtype=np.float32) + 1
     for _ in range(3):
+        assert await rt.barrier() is None and await group.barrier() is None
         assert np.array_equal(await rt.all_sum(x), total)
         assert np.array_equal(await rt.all_max(x), np.arange(6) + 1)
         assert np.array_equal(await rt.all_reduce(x, "sum"), total)
@@ -206,6 +207,19 @@ def test_a_message_that_is_known_is_compared(front: str) -> None:
     for outcome in run(2, another_message, front=front):
         assert outcome.error is not None and outcome.error.kind == "MismatchError", outcome
         assert "shape (6,)" in outcome.error.text and "shape (3, 2)" in outcome.error.text, outcome
+
+
+async def barrier_against_sum(rt: Any, group: Any, ctl: Any) -> None:
+    for _ in range(3):
+        await rt.barrier()
+        await rt.all_sum(np.ones(4))
+    with pytest.raises(rt.MismatchError, match="barrier"):
+        await (rt.barrier() if group.rank() else rt.all_sum(np.ones(4)))
+
+
+@fronts
+def test_a_barrier_that_is_known_is_compared(front: str) -> None:
+    results(2, barrier_against_sum, front=front)
 
 
 async def too_large_to_be_found(rt: Any, group: Any, ctl: Any) -> None:
