@@ -395,6 +395,7 @@ cdef class LibraryCalls(Calls):
 
 cdef Calls world_calls = None               # of the group that calls without group= mean; None: it is to be asked for
 cdef double world_spin = 0.0
+cdef object world_waits = ()                # calls of before it formed, which have to be started first
 
 
 def calls_of_world(Calls calls, double spin) -> None:
@@ -403,11 +404,17 @@ def calls_of_world(Calls calls, double spin) -> None:
     world_calls, world_spin = calls, spin
 
 
+def calls_that_wait(waiting) -> None:
+    """Say which queue holds the calls that go before all others."""
+    global world_waits
+    world_waits = waiting
+
+
 cdef object called_before(uint64_t call, x, out, what, wait):
     """The work of a call that was made before, with ``wait`` its result; NOWHERE if it is not known."""
     cdef Calls calls = world_calls
     cdef Work work
-    if calls is None:
+    if calls is None or world_waits:
         return NOWHERE
     work = calls.start(call, x, out, what, LOOP_BUDGET) if wait is None else calls.run(call, x, out, what, world_spin)
     if work is None:
@@ -416,6 +423,13 @@ cdef object called_before(uint64_t call, x, out, what, wait):
         calls.group.follow(work.status)
         return work
     return work.result if work.state == STATE_DONE else wait(work, None)
+
+
+cdef object renamed(collective, long_way, wait):
+    """Give a function the name and the words of ``long_way``, and the place where users find it, for pickle."""
+    update_wrapper(collective, long_way)
+    collective.__module__, collective.__qualname__ = "rt" if wait is None else "rt.sync", long_way.__name__
+    return collective
 
 
 def shortened(long_way, uint64_t call, wait=None):
@@ -434,7 +448,7 @@ def shortened(long_way, uint64_t call, wait=None):
         given = () if x is NOWHERE else (x, *rest)      # arguments that it does not take are for the long way to refuse, by its name
         return long_way(*given, group=group, stream=stream, out=out, timeout=timeout, key=key, **others)
 
-    return update_wrapper(collective, long_way)
+    return renamed(collective, long_way, wait)
 
 
 def shortened_by_op(long_way, dict calls not None, wait=None):
@@ -450,7 +464,7 @@ def shortened_by_op(long_way, dict calls not None, wait=None):
         given = () if x is NOWHERE else (x, op, *rest)
         return long_way(*given, group=group, stream=stream, out=out, timeout=timeout, key=key, **others)
 
-    return update_wrapper(collective, long_way)
+    return renamed(collective, long_way, wait)
 
 
 def shortened_barrier(long_way, uint64_t call, nothing, wait=None):
@@ -465,4 +479,4 @@ def shortened_barrier(long_way, uint64_t call, nothing, wait=None):
                 return made
         return long_way(*given, group=group, stream=stream, timeout=timeout, key=key, **others)
 
-    return update_wrapper(collective, long_way)
+    return renamed(collective, long_way, wait)

@@ -86,9 +86,17 @@ def _problems(about: Mapping[str, Any], launcher: Launcher, python: str) -> list
     if about["missing"]:
         why, _, how = re.sub(r"[:;] (?=`pip)", "\n", about["missing"], count=1).partition("\n")
         found.append((f"backend mpi, {why}", how))
-    elif launcher.version and about["library"] not in ("", here):  # ranks would find each one itself alone, or crash
+    elif about["library"] and not _fit(about["library"], launcher):
         found.append((f"the MPI library is {about['library']}, the launcher {here}", "set RT_MPI_LIBNAME to the libmpi of that launcher"))
     return found
+
+
+def _fit(library: str, launcher: Launcher) -> bool:
+    """Say whether ranks with this library find each other under this launcher; any release of MPICH, and patches of Open MPI, do."""
+    vendor, _, version = library.rpartition(" ")
+    if vendor != "Open MPI" or not launcher.version:
+        return launcher.vendor in ("", vendor)
+    return launcher.vendor == vendor and launcher.version.split(".")[0] == version.split(".")[0]
 
 
 # --- there -------------------------------------------------------------------------------------------------------------------------------

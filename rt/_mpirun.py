@@ -69,8 +69,8 @@ def library(launcher: Launcher, environ: Mapping[str, str]) -> str:
     if os.sep in given or not (given or soname):
         return given
     name = given or (f"libmpi{soname}.dylib" if sys.platform == "darwin" else f"libmpi.so{soname}")
-    beside = Path(launcher.path).parent.parent / "lib" / name
-    return str(beside) if beside.exists() else name
+    prefix = Path(launcher.path).parent.parent
+    return next((str(beside) for folder in ("lib", "lib64") if (beside := prefix / folder / name).exists()), name)
 
 
 def identify(path: str, environ: Mapping[str, str]) -> Launcher:

@@ -370,6 +370,8 @@ def _known(place: _Place) -> list[Address]:
 def _spread(place: _Place, environ: Environ) -> str:
     """What the rank's launcher says if it started some ranks on other hosts, else ""."""
     here, all_of_them = _RANKS_HERE.get(place.rank_from, ("", ""))
+    if place.addresses is not None:  # of all ranks: no more needs to be known
+        return ""
     if here not in environ or environ[here] == environ.get(all_of_them):
         return ""
     return f"{here}={environ[here]}, {all_of_them}={environ.get(all_of_them)}"

@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
-from rt import world
+from rt import _fastpath, world
 from rt.aio import Work
 from rt.arrays import private
 from rt.group import CoreGroup
 
 _T = TypeVar("_T")
 _waiting: deque[Deferred] = deque()
+_fastpath.calls_that_wait(_waiting)
 _starting = threading.RLock()  # who starts calls that waited starts all of them, in order; re-entered where a start asks for the group
 
 

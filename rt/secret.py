@@ -99,6 +99,7 @@ def resolve_secret(keyword: bytes | str | None, hosts: Iterable[str], environ: M
         "make a file on one host with `(umask 077; head -c 32 /dev/urandom | base64 > ~/.rt-secret)`, "
         "copy it to every other host with `scp -p ~/.rt-secret HOST:` and set RT_SECRET_FILE=~/.rt-secret on all of them; "
         "or, on a network where you trust everybody, set RT_INSECURE=1 on all of them"
+        + ("; ranks of one host meet at 127.0.0.1" if foreign is None else "")
     )
 
 

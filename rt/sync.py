@@ -20,7 +20,7 @@ from rt import _fastpath, collectives, world
 from rt.aio import Work
 from rt.api import Api, Start, check_common
 from rt.backends import is_available
-from rt.deferred import start_waiting
+from rt.deferred import ready_core, start_waiting
 from rt.errors import (
     CollectiveTimeoutError,
     ConfigError,
@@ -86,8 +86,8 @@ class _Blocking(Api[Any]):
             return _wait(start(core.blocking(limit), x, out), limit)
 
     def _all_reduce(self, group: Any, what: str, op: str, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Any:
-        # A small one between ranks that poll takes less time than the layers that most calls go through.
-        core = core_of(group) if group is not None else world.current()
+        # A small one between ranks that poll takes less time than the layers that most calls go through. The world's do before.
+        core = core_of(group) if group is not None else None
         call = ALL_REDUCE_AS.get(op) if type(op) is str else None
         if core is not None and call is not None and timeout is None is core.timeout and stream is None is key:
             work = core.known.run(call, x, out, what, core.world.spin if core.world is not None else 0.0)
@@ -106,7 +106,7 @@ def _refuse_inside_loop(core: CoreGroup) -> None:
 
 
 def _world_core() -> CoreGroup:
-    core = world.current()
+    core = ready_core()
     return core if core is not None else init()._core
 
 

@@ -424,8 +424,8 @@ def start(backend: str = "any", strict: bool = False, **keywords: Any) -> concur
         _started.pop(chosen, None)
         _started[chosen] = _Started(made, made.start())
         if _first not in living:
-            _first, _formed = chosen, None
             _fastpath.calls_of_world(None, 0.0)
+            _first, _formed = chosen, None
         return _started[chosen].group
 
 

@@ -6,8 +6,10 @@ May live here: collectives that are repeated, and what must not be taken for a r
 
 from __future__ import annotations
 
+import concurrent.futures
 import inspect
 import os
+import pickle
 import sys
 from typing import Any
 
@@ -17,6 +19,7 @@ from ranks import FRONTS, Ranks, results, run
 
 import rt
 import rt.sync
+from rt import deferred
 
 fronts = pytest.mark.parametrize("front", FRONTS)
 
@@ -385,3 +388,38 @@ def test_calls_with_a_short_way_refuse_arguments_by_their_name(module: Any) -> N
         ):  # fmt: skip
             with pytest.raises(TypeError, match=rf"{name}\(\) .*{words}"):
                 call(*arguments, **keywords)
+
+
+class Earlier:
+    """Stands for a call that was made while the world formed, and which nobody has started so far."""
+
+    def __init__(self) -> None:
+        self.formed: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.formed.set_result(None)
+        self.started = 0
+
+    def start(self) -> None:
+        self.started += 1
+
+
+async def others_go_first(rt: Any, group: Any, ctl: Any) -> None:
+    x = np.ones(4)
+    for call in (lambda: rt.all_sum(x), rt.barrier):
+        for _ in range(3):
+            await call()
+        earlier = Earlier()
+        deferred._waiting.append(earlier)  # type: ignore[arg-type]
+        await call()
+        assert earlier.started == 1 and not deferred._waiting
+
+
+@fronts
+def test_a_call_that_is_known_goes_after_those_that_wait_for_the_world(front: str) -> None:
+    results(2, others_go_first, front=front)
+
+
+@pytest.mark.parametrize("module", [rt, rt.sync])
+def test_calls_can_be_pickled(module: Any) -> None:
+    for name in ("all_reduce", "all_sum", "all_gather", "sum_scatter", "barrier"):
+        call = getattr(module, name)
+        assert pickle.loads(pickle.dumps(call)) is call

@@ -17,6 +17,8 @@ from hosts import ROOT
 from mpi import LIBRARIES, PREFIX, libraries
 
 import rt
+from rt._launch_mpi_hosts import _fit
+from rt._mpirun import Launcher
 
 pytestmark = sshd.NEEDED
 
@@ -102,6 +104,16 @@ def test_one_table_says_what_is_wrong_where(library: str, tmp_path: Path) -> Non
     assert "Could not resolve hostname nowhere" in found["nowhere"][0]
     assert shown.stdout == "" and shown.stderr.splitlines()[0].split() == ["host", "found", "what", "to", "do"], shown.stderr
     assert shown.stderr.splitlines()[-1] == "rt.launch: nothing was started: 2 of 2 hosts are not ready"
+
+
+def test_which_libraries_fit_a_launcher() -> None:
+    for launcher, library, fits in (
+        (("Open MPI", "5.0.11"), "Open MPI 5.0.3", True), (("Open MPI", "5.0.11"), "Open MPI 4.1.4", False),
+        (("Open MPI", ""), "Open MPI 4.1.4", True), (("Open MPI", "5.0.11"), "MPICH 5.0.2", False),
+        (("MPICH", "4.1.2"), "MPICH 5.0.2", True),
+        (("MPICH", "2021.11"), "MPICH 5.0.2", True), (("MPICH", "4.1.2"), "Open MPI 4.1.4", False), (("", ""), "MPICH 5.0.2", True),
+    ):  # fmt: skip
+        assert _fit(library, Launcher("mpirun", *launcher)) == fits, (launcher, library)
 
 
 def test_a_host_with_another_rt(tmp_path: Path) -> None:

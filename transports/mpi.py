@@ -63,7 +63,7 @@ def library(environ: os._Environ[str] | dict[str, str]) -> str:
     if spec is None or not spec.submodule_search_locations:
         return ""
     found = next((loaded for name in _candidates(spec.submodule_search_locations[0], environ) if (loaded := _loaded(name))), None)
-    if found is None:
+    if found is None or not hasattr(found, "MPI_Get_library_version"):
         return ""
     said = ctypes.create_string_buffer(_VERSION_BYTES)
     found.MPI_Get_library_version(said, ctypes.byref(ctypes.c_int()))  # which MPI allows before it is initialised
