@@ -128,7 +128,7 @@ def test_a_host_with_another_rt(tmp_path: Path) -> None:
 def test_nobody_but_the_launcher_needs_ssh(library: str, tmp_path: Path) -> None:
     """Where there are many hosts Open MPI would have them start the next ones; here two are many."""
     program = tmp_path / "program.py"  # not `hostname`: the daemons of Open MPI 5.0 can miss that a program ended which did so at once
-    program.write_text("import socket\nimport numpy\nprint(socket.gethostname())")
+    program.write_text("import socket, sys\nimport numpy\nsys.stdout.write(socket.gethostname() + '\\n')  # in one piece")
     few = {"mpich": (), "openmpi": ("--mpi-arg", "--prtemca rml_base_radix 1")}[library]
     with sshd.site_for_mpi(tmp_path, 3) as made:
         done = launch(made, library, *few, str(program))

@@ -97,9 +97,11 @@ def test_words_for_mpirun_and_variables_arrive(library: str) -> None:
 
 OF_MLX = "MLX_MPI_LIBNAME"
 WITH_MLX = """
+import sys
 import mlx.core as mx
 group = mx.distributed.init(strict=True, backend="mpi")
-print("rank", f"{group.rank()} of {group.size()}: {int(mx.distributed.all_sum(mx.array(group.rank() + 1)).item())}", flush=True)
+total = int(mx.distributed.all_sum(mx.array(group.rank() + 1)).item())
+sys.stdout.write(f"rank {group.rank()} of {group.size()}: {total}\\n")
 """
 
 
@@ -117,7 +119,7 @@ def test_a_program_of_mlx_loads_the_library_of_the_launcher(tmp_path: Path) -> N
 @libraries
 def test_which_library_mlx_is_told(library: str) -> None:
     name = {"mpich": "libmpi.so.12", "openmpi": "libmpi.so.40"}[library]
-    shown = [sys.executable, "-c", f"import os; print(os.environ['{OF_MLX}'])"]
+    shown = [sys.executable, "-c", f"import os, sys; sys.stdout.write(os.environ['{OF_MLX}'] + chr(10))"]
 
     def told(**environ: str) -> list[str]:
         done = launched([LAUNCH, "--backend", "mpi", "-n", "2", *shown], **environ)
