@@ -6,13 +6,16 @@
  * What is sent is copied into a ring here and written from there to the same place of the peer's ring, so the peer learns of it in one
  * message. The immediate number says what the message is:
  *
- *     bit 31 clear   data; its length is in the completion
+ *     bit 31 clear   data; its length is in the completion, and the other 31 bits number it among all messages, these and credits
  *     bit 31 set     a credit: the other 31 bits are the bytes that were consumed since the last one; none at all: the sender has left
  *
  * A place in the ring is free again when the peer has consumed what was there (its credit) and the device has let go of it here (the
  * completion of the write): a write that must be repeated reads its source again. Both sides count messages as well as bytes, because
  * every one takes a receive that the peer has posted. There are as many of those as data messages that may be under way and credits that
  * may be, so the peer always has one.
+ *
+ * A connection that is not reliable may lose a message, or the middle of one. The next that comes has a number too high then, and ends the
+ * stream; where none comes the two sides compare their counts by other means (rt/tallies.py).
  *
  * Posting and polling go through the function table of the device's context, as the inline functions of <infiniband/verbs.h> do; that
  * header is not needed to build. The structs below are the part of the ABI (IBVERBS_1.1) that inline functions have compiled into every
@@ -83,7 +86,7 @@ enum {
 };
 #define RT_RDMA_CREDIT 0x80000000u
 
-typedef enum { RT_RDMA_WELL, RT_RDMA_POSTING, RT_RDMA_REPOSTING, RT_RDMA_POLLING, RT_RDMA_ARMING, RT_RDMA_COMPLETED } rt_rdma_fault;
+typedef enum { RT_RDMA_WELL, RT_RDMA_POSTING, RT_RDMA_REPOSTING, RT_RDMA_POLLING, RT_RDMA_ARMING, RT_RDMA_COMPLETED, RT_RDMA_LOST } rt_rdma_fault;
 
 typedef struct {
     /* Given: */
@@ -106,6 +109,7 @@ typedef struct {
     uint64_t marked, unmarked_bytes;
     int mark_all;
     /* Receiving. */
+    uint64_t landed; /* messages, ever */
     uint64_t arrived, taken, credited;
     uint64_t arrivals[RT_RDMA_MOST]; /* ends of messages that were not consumed here, a queue */
     unsigned arrival_first, arrival_count;
@@ -187,7 +191,7 @@ static int rt_rdma_receive_again(rt_rdma *r)
 
 static void rt_rdma_landed(rt_rdma *r, const rt_verbs_completion *found)
 {
-    uint32_t number = ntohl(found->immediate);
+    uint32_t number = ntohl(found->immediate), expected = (uint32_t)r->landed++ & ~RT_RDMA_CREDIT;
     if (number == RT_RDMA_CREDIT) {
         r->ended = 1;
     } else if (number & RT_RDMA_CREDIT) {
@@ -196,6 +200,8 @@ static void rt_rdma_landed(rt_rdma *r, const rt_verbs_completion *found)
             r->end_first = (r->end_first + 1) % RT_RDMA_MOST;
             r->end_count--;
         }
+    } else if (number != expected) {
+        rt_rdma_fail(r, RT_RDMA_LOST, EIO);
     } else {
         r->arrived += found->bytes;
         r->arrivals[(r->arrival_first + r->arrival_count++) % RT_RDMA_MOST] = r->arrived;
@@ -212,7 +218,7 @@ static int rt_rdma_settle(rt_rdma *r)
     int count = rt_rdma_context(r)->poll_cq(r->cq, 16, found);
     if (count < 0)
         return rt_rdma_fail(r, RT_RDMA_POLLING, EIO);
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < count && !r->error; i++) {
         if (found[i].status) {
             r->status = found[i].status;
             r->vendor = found[i].vendor;
@@ -254,7 +260,18 @@ static void rt_rdma_post(rt_rdma *r, uint64_t position)
     r->unmarked_bytes += nbytes;
     uint64_t since = r->posted - (r->mark_count ? r->marked : r->finished);
     int marked = r->mark_all || r->unmarked_bytes >= r->capacity / 8 || since >= (uint64_t)r->messages / 4;
-    rt_rdma_write(r, at, nbytes, 0, 1, marked);
+    rt_rdma_write(r, at, nbytes, (uint32_t)r->posted & ~RT_RDMA_CREDIT, 1, marked);
+}
+
+/* Messages that have come, ever; -1 once the stream is over. */
+static int64_t rt_rdma_came(rt_rdma *r)
+{
+    rt_rdma_enter(r);
+    while (rt_rdma_settle(r)) {
+    }
+    int64_t found = r->error || r->ended || r->closed ? -1 : (int64_t)r->landed;
+    rt_rdma_leave(r);
+    return found;
 }
 
 /* Takes the first bytes of the parts, as many as there is room for; how many, -EAGAIN for none now, another errno: the stream is over. */

@@ -24,6 +24,7 @@ cdef extern from "_rdma.h" nogil:
         int messages
         int credits
         uint64_t sent
+        uint64_t posted
         int mark_all
         rt_rdma_fault fault
         int error
@@ -32,6 +33,7 @@ cdef extern from "_rdma.h" nogil:
         uint32_t vendor
     int rt_rdma_open(rt_rdma *rdma)
     ssize_t rt_rdma_send(rt_rdma *rdma, const iovec *parts, int count)
+    int64_t rt_rdma_came(rt_rdma *rdma)
     int64_t rt_rdma_peek(rt_rdma *rdma, const char **data)
     void rt_rdma_consume(rt_rdma *rdma, uint64_t nbytes)
     int64_t rt_rdma_held(const rt_rdma *rdma)
@@ -124,10 +126,20 @@ cdef class RdmaStream:
         return self.state.sent
 
     @property
+    def messages_sent(self):
+        """How many messages were handed to the device, credits included."""
+        return self.state.posted
+
+    def messages_came(self):
+        """Return how many came; -1 once the stream is over. Any thread."""
+        return rt_rdma_came(self.rdma())
+
+    @property
     def fault(self):
         """What failed: ``(where, errno, status, vendor, receiving)``; ``where`` is 0 while nothing did.
 
-        1 ibv_post_send, 2 ibv_post_recv, 3 ibv_poll_cq, 4 ibv_req_notify_cq, 5 a completion, of that status.
+        1 ibv_post_send, 2 ibv_post_recv, 3 ibv_poll_cq, 4 ibv_req_notify_cq, 5 a completion, of that status,
+        6 a message that did not come before the next one.
         """
         return <int>self.state.fault, self.state.error, self.state.status, self.state.vendor, bool(self.state.receiving)
 

@@ -32,7 +32,7 @@ from transports.relay import RELAY_ACK, RELAY_DATA, Relay, RelayPipe
 __all__ = ["Control", "Report", "Verdict"]
 
 _REPORT, _VERDICT, _BYE, _BYE_HEARD = 2, 3, 4, 5  # 1 is tcp.JSON, 6 and 7 are the relay's, 8 and 9 rt._inquiry's
-_CALLS = 10
+_CALLS, _TALLY = 10, 11
 _RANK = struct.Struct("!I")
 _LAST_WORDS_SECONDS = 0.1  # between the end of a process and the last message it sent
 _FLUSH_SECONDS = 0.5
@@ -79,6 +79,7 @@ class Control:
         self._relay = Relay(config.rank, config.size, self._send, self._post, on_relay_wake)
         self._inquiry = Inquiry(config.rank, config.size, self._send, lambda rank: rank in self._peers, on_ask or _status.process)
         self.on_calls: Callable[[bytes], None] = lambda payload: None  # what a rank tells that it called; in the control thread
+        self.tallies: dict[int, bytes] = {}  # what each direct peer told last by its ``tell_tally``
         self._door: _status.Door | None = None
         self._missing: Callable[[], list[str]] = list
         self._peers: dict[int, _Peer] = {}
@@ -129,6 +130,10 @@ class Control:
             _guarded(self.on_calls, payload)
         else:
             self._send(0, _CALLS, payload)
+
+    def tell_tally(self, rank: int, payload: bytes) -> None:
+        """Tell a direct peer how many messages were sent to it. In the control thread."""
+        self._send(rank, _TALLY, payload)
 
     def later(self, seconds: float, function: Callable[..., None], *arguments: Any) -> None:
         """Have a function called in the control thread after some seconds. Any thread; nothing happens once the thread has ended."""
@@ -318,6 +323,8 @@ class Control:
             self._relay.on_frame(kind, payload)
         elif kind == _CALLS:
             _guarded(self.on_calls, payload)
+        elif kind == _TALLY:
+            self.tallies[peer.rank] = payload
         elif kind in (ASK, TELL):
             self._inquiry.on_frame(kind, payload)
         else:

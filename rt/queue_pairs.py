@@ -11,15 +11,19 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rt._fastpath import Engine
 from rt.config_rdma import AllGather, RdmaConfig
 from rt.errors import RendezvousError
+from rt.tallies import Tally
 from transports import verbs
 from transports.rdma import RING_BYTES, RdmaLink
 from transports.tcp import in_thread
 from transports.verbs import Device, End, QueuePair
+
+if TYPE_CHECKING:
+    from rt.control import Control
 
 _ALL_RINGS_BYTES = 64 * 1024 * 1024  # of a process
 _LEAST_RING_BYTES = 64 * 1024
@@ -86,12 +90,14 @@ class QueuePairs:
                 pair.connect(End(**end))
         self.links = {peer: [RdmaLink(pair, peer) for pair in pairs] for peer, pairs in self._pairs.items()}
 
-    def add_to(self, engine: Engine, peer: int, socks: Iterable[socket.socket]) -> None:
+    def add_to(self, engine: Engine, peer: int, socks: Iterable[socket.socket], control: Control | None) -> None:
         """Give the links to ``peer`` to an engine, in place of its sockets, which are closed; the control connection stays."""
         for sock in socks:
             sock.close()
         for link in self.links.get(peer, ()):
             engine.add_link(peer, link, link.fd)
+        if control is not None and not all(link.reliable for link in self.links.get(peer, ())):
+            Tally(control, peer, self.links[peer])
 
     def failure(self, peer: int) -> str:
         """Return how a link to ``peer`` failed, in words, or "" if none did."""

@@ -133,7 +133,7 @@ class World:
 
     def _add_links(self, peer: int, wiring: Wiring) -> None:
         if wiring.rdma is not None:
-            wiring.rdma.add_to(self.engine, peer, wiring.data.get(peer, ()))
+            wiring.rdma.add_to(self.engine, peer, wiring.data.get(peer, ()), self.control)
             return
         if peer not in wiring.memory:
             for sock in wiring.data.get(peer, ()):

@@ -32,7 +32,7 @@ DEBIAN = (  # `make test-rdma` installs them
 SECONDS = 1200  # alone on two cores it takes five minutes; others may be busy, too
 SUITE = (
     "python -m pytest -q -p no:cacheprovider -o junit_family=xunit1 --timeout 120 -o faulthandler_timeout=280 --durations 8 -k rdma "
-    "tests/test_links.py tests/rdma_suite.py --junitxml=$OUT/junit.xml"
+    "tests/test_links.py tests/rdma_suite.py tests/rdma_wires.py --junitxml=$OUT/junit.xml"
 )
 _PYVERBS = Path("/usr/lib/python3/dist-packages/pyverbs")  # for Debian's Python, whose extensions any other of its version loads
 _PACKAGES = ("numpy", "ml_dtypes", "optree", "psutil", "rich", "uvloop", "pytest", "pytest-asyncio", "pytest-timeout")

@@ -6,6 +6,7 @@ May live here: what ranks can do and how they fail over RDMA. May not: what a li
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import json
 import os
@@ -460,33 +461,10 @@ def test_a_recorded_mesh_becomes_a_hostfile_and_a_job(recorded_mesh: Path, backe
     assert all(line.endswith("V ['rdma rxe0 port 1']") for line in said)
 
 
-# -- several devices
-
-
-@pytest.fixture
-def veth() -> Iterator[None]:
-    sh("sysctl -qw net.core.netdev_max_backlog=100000")  # at the default acknowledgements get lost, and rxe hangs
-    sh("ip link add rt-v0 mtu 4200 type veth peer name rt-v1 mtu 4200")
-    for number in (0, 1):
-        sh(f"ip address add 10.78.0.{number + 1}/24 dev rt-v{number}; ip link set rt-v{number} up")
-        sh(f"sysctl -qw net.ipv4.conf.rt-v{number}.accept_local=1 net.ipv4.conf.rt-v{number}.rp_filter=0 net.ipv4.conf.all.rp_filter=0")
-        sh(f"rdma link add rxev{number} type rxe netdev rt-v{number}")
-    yield
-    sh("rdma link delete rxev0; rdma link delete rxev1; ip link delete rt-v0")
-
-
-def striped(rank: int) -> tuple[int, list[int]]:
-    rt.sync.init(strict=True)
-    x = items(rank, 1_000_000, np.int64)
-    assert np.array_equal(rt.sync.all_sum(x), x + items(1 - rank, x.size, np.int64))
-    here = next(iter(world.worlds()))
-    assert here.rdma is not None
-    carried = [link.bytes_sent for link in here.rdma.links[1 - rank]]
-    rt.sync.close()
-    return here.lanes, carried
-
-
-def test_two_devices_between_two_ranks(veth: None, tmp_path: Path) -> None:
-    (tmp_path / "devices.json").write_text(json.dumps([[None, ["rxe0", "rxev0"]], [["rxe0", "rxev1"], None]]))
-    for lanes, carried in run(2, striped, env={"RT_IBV_DEVICES": str(tmp_path / "devices.json")}):
-        assert lanes == 2 and min(carried) > 1_000_000
+def test_both_ends_must_be_of_a_kind() -> None:
+    device = Device(find_port("auto"))
+    pair = QueuePair(device, 4096)
+    with pytest.raises(VerbsError, match=r"rxe0 port 1 connects by RC, the peer's device by UC; both must be of a kind"):
+        pair.connect(dataclasses.replace(pair.end(), reliable=False))
+    pair.close()
+    device.close()

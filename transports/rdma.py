@@ -16,7 +16,7 @@ from transports.verbs import QueuePair
 RING_BYTES = 1024 * 1024  # each way
 _LOOK_AGAIN_SECONDS = 0.002
 _VERBS = ("", "ibv_post_send", "ibv_post_recv", "ibv_poll_cq", "ibv_req_notify_cq")
-_COMPLETED = 5
+_COMPLETED, _LOST = 5, 6
 _STATUS = {  # of completions, as <infiniband/verbs.h> numbers them
     1: "local length error",
     2: "local queue pair error",
@@ -52,6 +52,11 @@ class RdmaLink(RdmaStream):
         return self._pair.fd
 
     @property
+    def reliable(self) -> bool:
+        """Whether the device repeats what gets lost."""
+        return self._pair.reliable
+
+    @property
     def where(self) -> str:
         """The device and port on this side."""
         return self._pair.where
@@ -62,6 +67,8 @@ class RdmaLink(RdmaStream):
         what, code, status, vendor, receiving = self.fault
         if not what:
             return ""
+        if what == _LOST:
+            return f"{self.where}: a message from rank {self.peer} was lost: the connection is unreliable (UC)"
         if what != _COMPLETED:
             return f"{self.where}: {_VERBS[what]} failed: {os.strerror(code)} (errno {code})"
         text = f"{_STATUS.get(status, 'failed')} (status {status}, vendor {vendor})"

@@ -23,6 +23,7 @@ from typing import Any
 
 MESSAGES = 64  # data writes of one direction that the peer has not consumed, at most
 CREDITS = 8  # messages that only say what was consumed: one per quarter of the ring, or of MESSAGES, so never more than these
+KINDS = ("RC", "UC")  # of connections, the best first
 _INLINE_BYTES = 220  # asked for; what the device grants counts
 _LEAST_DEPTH = 16
 _ACK_TIMEOUT = 16  # 4.096 us * 2 ** 16 = 0.27 s; eight of those without an answer end the connection
@@ -84,6 +85,7 @@ class End:
     address: int
     ring_bytes: int
     messages: int
+    reliable: bool = True
 
 
 @contextmanager
@@ -245,7 +247,7 @@ class Device:
 
 
 class QueuePair:
-    """One reliable connection: a queue pair, its completion queue with a channel, a ring that the peer writes and one to send from.
+    """One connection: a queue pair, its completion queue with a channel, a ring that the peer writes and one to send from.
 
     Args:
         device: where.
@@ -254,6 +256,7 @@ class QueuePair:
     Attributes:
         messages: how many data messages may be under way to the peer, once connected.
         fd: of the completion channel.
+        reliable: RC. False: UC, because the device has nothing else; what gets lost is not sent again.
     """
 
     def __init__(self, device: Device, ring_bytes: int) -> None:
@@ -285,13 +288,7 @@ class QueuePair:
                     regions.append(self._keep(MR(device.domain, ring_bytes, access, address=address)))
             self._incoming_key, self._incoming_address = regions[0].rkey, addresses[0]
             self._outgoing_key, self._outgoing_address = regions[1].lkey, addresses[1]
-            self.inline_bytes = _INLINE_BYTES
-            try:
-                self._pair = self._keep(QP(device.domain, self._request(QPCap, QPInitAttr, depth, _INLINE_BYTES)))
-            except Exception:  # some devices have no inline data and say so in this way
-                self.inline_bytes = 0
-                with _saying(self.where, "ibv_create_qp"):
-                    self._pair = self._keep(QP(device.domain, self._request(QPCap, QPInitAttr, depth, 0)))
+            self._pair = self._keep(self._make(QP, QPCap, QPInitAttr, depth))
             attributes = QPAttr(port_num=device.port.number)
             attributes.qp_access_flags = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE
             with _saying(self.where, "ibv_modify_qp to INIT"):
@@ -304,17 +301,31 @@ class QueuePair:
         self._open.append(made)
         return made
 
-    def _request(self, capacity: Any, request: Any, depth: int, inline: int) -> Any:
-        cap = capacity(max_send_wr=depth, max_recv_wr=depth, max_send_sge=1, max_recv_sge=1, max_inline_data=inline)
-        return request(qp_type=self._enums.IBV_QPT_RC, scq=self._completions, rcq=self._completions, cap=cap, sq_sig_all=0)
+    def _make(self, pair: Any, capacity: Any, request: Any, depth: int) -> Any:
+        """Return a queue pair of the best kind that the device has; sets ``reliable`` and ``inline_bytes``. Raises VerbsError."""
+        refused: VerbsError | None = None
+        for kind in KINDS:
+            for inline in (_INLINE_BYTES, 0):  # some devices have no inline data and say so by refusing
+                cap = capacity(max_send_wr=depth, max_recv_wr=depth, max_send_sge=1, max_recv_sge=1, max_inline_data=inline)
+                number = getattr(self._enums, f"IBV_QPT_{kind}")
+                wanted = request(qp_type=number, scq=self._completions, rcq=self._completions, cap=cap, sq_sig_all=0)
+                self.reliable, self.inline_bytes = kind == "RC", inline
+                try:
+                    with _saying(self.where, "ibv_create_qp"):
+                        return pair(self._device.domain, wanted)
+                except VerbsError as error:
+                    refused = refused or error
+        assert refused is not None
+        raise refused
 
     def end(self) -> End:
         """Return what the peer must know."""
         port = self._device.port
         number = self._pair.qp_num
         return End(
-            port.lid, port.gid, port.mtu, number, self._psn, self._incoming_key, self._incoming_address, self.ring_bytes, self.messages
-        )
+            port.lid, port.gid, port.mtu, number, self._psn, self._incoming_key, self._incoming_address, self.ring_bytes, self.messages,
+            self.reliable,
+        )  # fmt: skip
 
     def connect(self, peer: End) -> None:
         """Connect with the peer's end, ready to receive and to send. Raises VerbsError."""
@@ -322,6 +333,9 @@ class QueuePair:
         from pyverbs.qp import QPAttr
 
         port = self._device.port
+        if peer.reliable != self.reliable:
+            kinds = ["UC" if each is False else "RC" for each in (self.reliable, peer.reliable)]
+            raise VerbsError(errno.ENOTSUP, f"{self.where} connects by {kinds[0]}, the peer's device by {kinds[1]}; both must be of a kind")
         self.messages = min(self.messages, peer.messages)
         self.ring_bytes = min(self.ring_bytes, peer.ring_bytes)
         self._peer_key, self._peer_address = peer.rkey, peer.address
