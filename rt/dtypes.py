@@ -66,11 +66,13 @@ def code_of(dtype: npt.DTypeLike, what: str = "") -> DType:
         return _BY_DTYPE[found]
     except KeyError:
         pass
-    if found.name == "bfloat16":  # ml_dtypes is the only one to register that name, so it is loaded by now
-        _BY_DTYPE[found] = DType.BFLOAT16
-        return DType.BFLOAT16
+    native = found.newbyteorder("=")
+    if native.name == "bfloat16":  # ml_dtypes is the only one to register that name, so it is loaded by now
+        _BY_DTYPE[native] = DType.BFLOAT16
+        if found.isnative:
+            return DType.BFLOAT16
     where = f"{what}: " if what else ""
-    if found.newbyteorder("=") in _BY_DTYPE:
+    if native in _BY_DTYPE:
         raise TypeError(f"{where}arrays of dtype {found.str!r} have foreign byte order; convert with x.astype(x.dtype.newbyteorder('='))")
     known = ", ".join(code.name.lower() for code in DType)
     raise TypeError(f"{where}dtype {found.name!r} is not supported by collectives; supported: {known}")

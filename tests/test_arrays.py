@@ -171,6 +171,7 @@ async def odd_arrays(rt: Any, group: Any, ctl: Any) -> None:
         (TypeError, "structured|void|supported", np.zeros(2, "i4,f4")),
         (TypeError, "byte order", np.zeros(2, ">f8")),
         (TypeError, "byte order", memoryview(np.zeros(2, ">f8"))),
+        (TypeError, "byte order", np.zeros(2, np.dtype(ml_dtypes.bfloat16).newbyteorder())),
         (TypeError, "not supported", np.zeros(2, "M8[s]")),
         (TypeError, "not supported", np.array(["text"])),
         (TypeError, "not supported", np.array([None])),
