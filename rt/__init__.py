@@ -71,22 +71,24 @@ __all__ = [
 
 
 class _Awaitable(Api[Awaitable[Any]]):
-    def _run(self, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Awaitable[Any]:
+    def _run(
+        self, what: str, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any
+    ) -> Awaitable[Any]:
         if timeout is not None or stream is not None or key is not None:
-            check_common(timeout, key)
-        core = core_of(group) if group is not None else ready_core()
+            check_common(what, timeout, key)
+        core = core_of(group, what) if group is not None else ready_core()
         if core is None:
             if asyncio._get_running_loop() is None:
                 raise RuntimeError("no event loop is running, so nobody would make this call: in a script without one use rt.sync")
-            return Deferred(lambda formed, x, out: _start(formed, start, x, out, timeout, stream), x, out, world.start())
-        return _start(core, start, x, out, timeout, stream)
+            return Deferred(lambda formed, x, out: _start(what, formed, start, x, out, timeout, stream), x, out, world.start())
+        return _start(what, core, start, x, out, timeout, stream)
 
 
-def _start(core: CoreGroup, start: Start, x: Any, out: Any, timeout: float | None, stream: Any) -> Work:
+def _start(what: str, core: CoreGroup, start: Start, x: Any, out: Any, timeout: float | None, stream: Any) -> Work:
     if stream is None:
         work = start(core, x, out)
     else:
-        with core.on_stream(stream):
+        with core.on_stream(stream, what):
             work = start(core, x, out)
     _limit(work, timeout if timeout is not None else core.timeout)
     return work
@@ -259,4 +261,4 @@ def average_gradients(
         TypeError: a leaf is no floating or complex array.
     """
     start = averaging(all_reduce_size, communication_type)
-    return _api._run(group, start, gradients, None, None, communication_stream, None)
+    return _api._run("average_gradients", group, start, gradients, None, None, communication_stream, None)

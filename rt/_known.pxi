@@ -440,7 +440,7 @@ def shortened(long_way, uint64_t call, wait=None):
     """
     what = long_way.__name__
 
-    def collective(x=NOWHERE, *rest, group=None, stream=None, out=None, timeout=None, key=None, **others):
+    def collective(x=NOWHERE, /, *rest, group=None, stream=None, out=None, timeout=None, key=None, **others):
         if group is None and stream is None and timeout is None and key is None and not rest and not others:
             made = called_before(call, x, out, what, wait)
             if made is not NOWHERE:
@@ -455,7 +455,9 @@ def shortened_by_op(long_way, dict calls not None, wait=None):
     """As ``shortened``, of a collective whose second argument is an operator; ``calls`` are the numbers by its name."""
     what = long_way.__name__
 
-    def collective(x=NOWHERE, op="sum", *rest, group=None, stream=None, out=None, timeout=None, key=None, **others):
+    def collective(x=NOWHERE, op=NOWHERE, /, *rest, group=None, stream=None, out=None, timeout=None, key=None, **others):
+        if op is NOWHERE and x is not NOWHERE:
+            op = others.pop("op", "sum")
         if group is None and stream is None and timeout is None and key is None and not rest and not others:
             if type(op) is str and op in calls:
                 made = called_before(calls[op], x, out, what, wait)

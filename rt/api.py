@@ -57,11 +57,13 @@ class Api(Generic[R]):
     Calls are matched between ranks in the order in which each rank makes them: call order is wire order.
     """
 
-    def _run(self, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> R:
+    def _run(
+        self, what: str, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any
+    ) -> R:
         raise NotImplementedError
 
     def _all_reduce(self, group: Any, what: str, op: str, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> R:
-        return self._run(group, lambda core, x, out: collectives.all_reduce(core, x, op, out, what), x, out, timeout, stream, key)
+        return self._run(what, group, lambda core, x, out: collectives.all_reduce(core, x, op, out, what), x, out, timeout, stream, key)
 
     def all_reduce(
         self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
@@ -104,7 +106,7 @@ class Api(Generic[R]):
 
         ``(d0, ...)`` becomes ``(size * d0, ...)``, ``()`` becomes ``(size,)``.
         """
-        return self._run(group, lambda core, x, out: collectives.all_gather(core, x, out), x, out, timeout, stream, key)
+        return self._run("all_gather", group, lambda core, x, out: collectives.all_gather(core, x, out), x, out, timeout, stream, key)
 
     def sum_scatter(
         self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
@@ -115,21 +117,23 @@ class Api(Generic[R]):
         Raises:
             ValueError: x has no axis 0, or its length is not a multiple of the group's size.
         """
-        return self._run(group, lambda core, x, out: collectives.sum_scatter(core, x, op, out), x, out, timeout, stream, key)
+        return self._run("sum_scatter", group, lambda core, x, out: collectives.sum_scatter(core, x, op, out), x, out, timeout, stream, key)
 
     def broadcast(
         self, x: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None,
         timeout: float | None = None, key: Any = None,
     ) -> R:  # fmt: skip
         """Return the root's x on every rank. The others pass an array of the same shape and dtype; only its form counts."""
-        return self._run(group, lambda core, x, out: collectives.broadcast(core, x, root, out), x, out, timeout, stream, key)
+        return self._run("broadcast", group, lambda core, x, out: collectives.broadcast(core, x, root, out), x, out, timeout, stream, key)
 
     def reduce(
         self, x: Any, op: str = "sum", root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None,
         timeout: float | None = None, key: Any = None,
     ) -> R:  # fmt: skip
         """Combine x of all ranks as ``all_reduce`` does, for the root only. The others get None, and their ``out`` is left alone."""
-        return self._run(group, lambda core, x, out: collectives_blocks.reduce(core, x, op, root, out), x, out, timeout, stream, key)
+        return self._run(
+            "reduce", group, lambda core, x, out: collectives_blocks.reduce(core, x, op, root, out), x, out, timeout, stream, key
+        )
 
     def gather(
         self, x: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None,
@@ -139,7 +143,7 @@ class Api(Generic[R]):
 
         In place on the root: x is its block of ``out``.
         """
-        return self._run(group, lambda core, x, out: collectives_blocks.gather(core, x, root, out), x, out, timeout, stream, key)
+        return self._run("gather", group, lambda core, x, out: collectives_blocks.gather(core, x, root, out), x, out, timeout, stream, key)
 
     def scatter(
         self, x: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None,
@@ -154,7 +158,9 @@ class Api(Generic[R]):
             ValueError: x has no axis 0, or its length is not a multiple of the group's size.
             TypeError: neither x nor ``out`` says what is received.
         """
-        return self._run(group, lambda core, x, out: collectives_blocks.scatter(core, x, root, out), x, out, timeout, stream, key)
+        return self._run(
+            "scatter", group, lambda core, x, out: collectives_blocks.scatter(core, x, root, out), x, out, timeout, stream, key
+        )
 
     def all_to_all(
         self, x: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
@@ -164,7 +170,9 @@ class Api(Generic[R]):
         Raises:
             ValueError: x has no axis 0, or its length is not a multiple of the group's size.
         """
-        return self._run(group, lambda core, x, out: collectives_blocks.all_to_all(core, x, out), x, out, timeout, stream, key)
+        return self._run(
+            "all_to_all", group, lambda core, x, out: collectives_blocks.all_to_all(core, x, out), x, out, timeout, stream, key
+        )
 
     def all_gather_v(
         self, x: Any, counts: Any, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None, key: Any = None
@@ -175,7 +183,9 @@ class Api(Generic[R]):
             x: array of shape ``(counts[rank], ...)``; the sides after the first, and the dtype, are the same on all ranks.
             counts: rows of every rank, 0 or more; the same on all ranks, else MismatchError.
         """
-        return self._run(group, lambda core, x, out: collectives_blocks.all_gather_v(core, x, counts, out), x, out, timeout, stream, key)
+        return self._run(
+            "all_gather_v", group, lambda core, x, out: collectives_blocks.all_gather_v(core, x, counts, out), x, out, timeout, stream, key
+        )
 
     def reduce_scatter_v(
         self, x: Any, counts: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
@@ -188,14 +198,16 @@ class Api(Generic[R]):
         def start(core: CoreGroup, x: Any, out: Any) -> Work:
             return collectives_blocks.reduce_scatter_v(core, x, counts, op, out)
 
-        return self._run(group, start, x, out, timeout, stream, key)
+        return self._run("reduce_scatter_v", group, start, x, out, timeout, stream, key)
 
     def gather_v(
         self, x: Any, counts: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None,
         timeout: float | None = None, key: Any = None,
     ) -> R:  # fmt: skip
         """Concatenate x of all ranks as ``all_gather_v`` does, for the root only. The others get None, and their ``out`` is left alone."""
-        return self._run(group, lambda core, x, out: collectives_blocks.gather(core, x, root, out, counts), x, out, timeout, stream, key)
+        return self._run(
+            "gather_v", group, lambda core, x, out: collectives_blocks.gather(core, x, root, out, counts), x, out, timeout, stream, key
+        )
 
     def scatter_v(
         self, x: Any, counts: Any, root: int = 0, *, group: Any = None, stream: Any = None, out: Any = None,
@@ -205,7 +217,9 @@ class Api(Generic[R]):
 
         ``counts`` is the same on all ranks, else MismatchError. What the others pass is said at ``scatter``.
         """
-        return self._run(group, lambda core, x, out: collectives_blocks.scatter(core, x, root, out, counts), x, out, timeout, stream, key)
+        return self._run(
+            "scatter_v", group, lambda core, x, out: collectives_blocks.scatter(core, x, root, out, counts), x, out, timeout, stream, key
+        )
 
     def all_to_all_v(
         self, x: Any, send_counts: Any, recv_counts: Any, *, group: Any = None, stream: Any = None, out: Any = None,
@@ -219,7 +233,7 @@ class Api(Generic[R]):
         def start(core: CoreGroup, x: Any, out: Any) -> Work:
             return collectives_blocks.all_to_all_v(core, x, send_counts, recv_counts, out)
 
-        return self._run(group, start, x, out, timeout, stream, key)
+        return self._run("all_to_all_v", group, start, x, out, timeout, stream, key)
 
     def scan(
         self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
@@ -229,7 +243,7 @@ class Api(Generic[R]):
 
         ``op`` as for ``all_reduce``, without mean.
         """
-        return self._run(group, lambda core, x, out: collectives.scan(core, x, op, out), x, out, timeout, stream, key)
+        return self._run("scan", group, lambda core, x, out: collectives.scan(core, x, op, out), x, out, timeout, stream, key)
 
     def exscan(
         self, x: Any, op: str = "sum", *, group: Any = None, stream: Any = None, out: Any = None,
@@ -240,11 +254,11 @@ class Api(Generic[R]):
         Rank 0 gets what changes nothing: 0 for sum, or, xor; 1 for prod (on bool False and True); all bits set for and; the highest
         value for min and the lowest for max, which is infinite in floating and complex dtypes.
         """
-        return self._run(group, lambda core, x, out: collectives.scan(core, x, op, out, "exscan"), x, out, timeout, stream, key)
+        return self._run("exscan", group, lambda core, x, out: collectives.scan(core, x, op, out, "exscan"), x, out, timeout, stream, key)
 
     def barrier(self, *, group: Any = None, stream: Any = None, timeout: float | None = None, key: Any = None) -> R:
         """Return None once every rank has called."""
-        return self._run(group, lambda core, _x, _out: collectives.barrier(core), None, None, timeout, stream, key)
+        return self._run("barrier", group, lambda core, _x, _out: collectives.barrier(core), None, None, timeout, stream, key)
 
     def send(
         self, x: Any, dst: int, *, group: Any = None, stream: Any = None, timeout: float | None = None, key: Any = None, tag: int = 0
@@ -253,7 +267,7 @@ class Api(Generic[R]):
 
         The k-th send to a rank under a tag meets the k-th recv there from this rank under that tag, whatever else is under way.
         """
-        return self._run(group, lambda core, x, _: collectives.send(core, x, dst, tag), x, None, timeout, stream, key)
+        return self._run("send", group, lambda core, x, _: collectives.send(core, x, dst, tag), x, None, timeout, stream, key)
 
     def recv(
         self, shape: Any, dtype: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None, timeout: float | None = None,
@@ -263,7 +277,9 @@ class Api(Generic[R]):
 
         ``dtype`` may also be torch's, MLX's or JAX's. Who wants their arrays passes ``out=`` or calls ``recv_like``.
         """
-        return self._run(group, lambda core, _, out: collectives.recv(core, shape, dtype, src, out, tag), None, out, timeout, stream, key)
+        return self._run(
+            "recv", group, lambda core, _, out: collectives.recv(core, shape, dtype, src, out, tag), None, out, timeout, stream, key
+        )
 
     def recv_like(
         self, x: Any, src: int, *, group: Any = None, stream: Any = None, out: Any = None,
@@ -271,7 +287,7 @@ class Api(Generic[R]):
     ) -> R:  # fmt: skip
         """Receive an array of x's shape, dtype and kind from rank ``src``."""
         return self._run(
-            group, lambda core, x, out: collectives.recv_like(core, x, src, out, tag), x, out, timeout, stream, key
+            "recv_like", group, lambda core, x, out: collectives.recv_like(core, x, src, out, tag), x, out, timeout, stream, key
         )
 
     def sendrecv(
@@ -283,7 +299,9 @@ class Api(Generic[R]):
         What arrives, and is returned when x is free too, has x's shape and dtype or those of ``out``, which may be x. The two halves are
         matched like ``send`` and ``recv`` under ``tag``, also with ranks that call those.
         """
-        return self._run(group, lambda core, x, out: collectives.sendrecv(core, x, dst, src, out, tag), x, out, timeout, stream, key)
+        return self._run(
+            "sendrecv", group, lambda core, x, out: collectives.sendrecv(core, x, dst, src, out, tag), x, out, timeout, stream, key
+        )
 
     # Objects. Receiving one unpickles it, and a pickle makes its receiver run what its sender chose: every call here trusts all ranks of
     # the group. Where nothing proves who they are (RT_INSECURE=1) the calls are refused, unless RT_INSECURE_OBJECTS=1.
@@ -298,29 +316,35 @@ class Api(Generic[R]):
         chooses**: pickles are for ranks that trust each other. Without a secret (RT_INSECURE=1) it is a ConfigError, unless
         RT_INSECURE_OBJECTS=1 is set on all ranks.
         """
-        return self._run(group, lambda core, x, _: _objects().send_object(core, x, dst, tag), obj, None, timeout, None, None)
+        return self._run("send_object", group, lambda core, x, _: _objects().send_object(core, x, dst, tag), obj, None, timeout, None, None)
 
     def recv_object(self, src: int, *, group: Any = None, timeout: float | None = None, tag: int = 0) -> R:
         """Receive the object that rank ``src`` sends by ``send_object``. **This runs code that the sender chooses**; see there.
 
         Large arrays in it keep the memory into which they were received. What unpickling raises, this raises, and the group goes on.
         """
-        return self._run(group, lambda core, _x, _: _objects().recv_object(core, src, tag), None, None, timeout, None, None)
+        return self._run("recv_object", group, lambda core, _x, _: _objects().recv_object(core, src, tag), None, None, timeout, None, None)
 
     def broadcast_object(self, obj: Any, root: int = 0, *, group: Any = None, timeout: float | None = None) -> R:
         """Return the root's object on every rank; what the others pass does not matter. See ``send_object``, also about trust.
 
         Waiting for it may last for ever and costs nothing. Pickles of less than 4 KiB take one collective, others two rounds.
         """
-        return self._run(group, lambda core, x, _: _objects().broadcast_object(core, x, root), obj, None, timeout, None, None)
+        return self._run(
+            "broadcast_object", group, lambda core, x, _: _objects().broadcast_object(core, x, root), obj, None, timeout, None, None
+        )
 
     def gather_objects(self, obj: Any, root: int = 0, *, group: Any = None, timeout: float | None = None) -> R:
         """Return the list of the ranks' objects, in rank order, on the root, and None elsewhere. See ``send_object``, also about trust."""
-        return self._run(group, lambda core, x, _: _objects().gather_objects(core, x, root), obj, None, timeout, None, None)
+        return self._run(
+            "gather_objects", group, lambda core, x, _: _objects().gather_objects(core, x, root), obj, None, timeout, None, None
+        )
 
     def all_gather_objects(self, obj: Any, *, group: Any = None, timeout: float | None = None) -> R:
         """Return the list of the ranks' objects, in rank order; this rank's own is ``obj``. See ``send_object``, also about trust."""
-        return self._run(group, lambda core, x, _: _objects().all_gather_objects(core, x), obj, None, timeout, None, None)
+        return self._run(
+            "all_gather_objects", group, lambda core, x, _: _objects().all_gather_objects(core, x), obj, None, timeout, None, None
+        )
 
 
 _SAID = {name: inspect.cleandoc(call.__doc__ or "") for name, call in vars(Api).items() if not name.startswith("_")}
@@ -342,11 +366,11 @@ def complete(calls: type) -> None:
 complete(Api)
 
 
-def check_common(timeout: float | None, key: Any) -> None:
-    """Refuse what cannot be honoured rather than ignore it."""
+def check_common(what: str, timeout: float | None, key: Any) -> None:
+    """Refuse what cannot be honoured rather than ignore it; ``what`` names the call."""
     if key is not None:
-        raise ConfigError("key= (order-free matching) is not available yet; use a sub-group or tag= to order calls independently")
+        raise ConfigError(f"{what}: key= (order-free matching) is not available yet; use a sub-group or tag= to order calls independently")
     if timeout is not None and not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
+        raise TypeError(f"{what}: timeout must be a number of seconds, not {type(timeout).__name__}")
     if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+        raise ValueError(f"{what}: timeout must be a positive number of seconds, not {timeout!r}")

@@ -183,12 +183,12 @@ class Group(Generic[R]):
 complete(Group)
 
 
-def core_of(group: Any) -> CoreGroup:
-    """Return the core of a group of either front end.
+def core_of(group: Any, what: str) -> CoreGroup:
+    """Return the core of a group of either front end; ``what`` names the call, in messages.
 
     Raises:
         TypeError: ``group`` is no group.
     """
     if isinstance(group, Group):
         return group._core
-    raise TypeError(f"group must be a Group made by init() or split(), not {type(group).__name__}")
+    raise TypeError(f"{what}: group must be a Group made by init() or split(), not {type(group).__name__}")

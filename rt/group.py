@@ -301,9 +301,10 @@ class CoreGroup:
         """Return a context whose collectives a library launches together, where ``takes_devices``."""
         raise NotImplementedError
 
-    def on_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which calls are made on a stream of the caller's."""
-        raise ConfigError(f"stream= is for arrays on a device, which only backend 'nccl' takes; group {self.name} takes stream=None")
+    def on_stream(self, stream: Any, what: str) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which calls are made on a stream of the caller's; ``what`` names the call, in messages."""
+        where = f"only backend 'nccl' takes; group {self.name} takes stream=None"
+        raise ConfigError(f"{what}: stream= is for arrays on a device, which {where}")
 
     # -- driving
 

@@ -115,10 +115,10 @@ class NcclGroup(LibraryGroup):
         with self.cupy.cuda.Device(self.device):
             return device_arrays.fresh(shape, dtype)
 
-    def on_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
-        """Return the stream, which is a context in which it is the current one."""
+    def on_stream(self, stream: Any, what: str) -> contextlib.AbstractContextManager[Any]:
+        """Return the stream, which is a context in which it is the current one; ``what`` names the call, in messages."""
         if not hasattr(stream, "ptr") or not hasattr(stream, "__enter__"):
-            raise TypeError(f"stream must be a stream of CuPy (cupy.cuda.Stream), not {type(stream).__name__}")
+            raise TypeError(f"{what}: stream must be a stream of CuPy (cupy.cuda.Stream), not {type(stream).__name__}")
         return stream  # type: ignore[no-any-return]
 
     # -- submitting

@@ -74,20 +74,20 @@ def _alone() -> bool:
 
 
 class _Blocking(Api[Any]):
-    def _run(self, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Any:
+    def _run(self, what: str, group: Any, start: Start, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Any:
         if timeout is not None or stream is not None or key is not None:
-            check_common(timeout, key)
-        core = core_of(group) if group is not None else _world_core()
+            check_common(what, timeout, key)
+        core = core_of(group, what) if group is not None else _world_core()
         _refuse_inside_loop(core)
         limit = timeout if timeout is not None else core.timeout
         if stream is None:
             return _wait(start(core.blocking(limit), x, out), limit)
-        with core.on_stream(stream):
+        with core.on_stream(stream, what):
             return _wait(start(core.blocking(limit), x, out), limit)
 
     def _all_reduce(self, group: Any, what: str, op: str, x: Any, out: Any, timeout: float | None, stream: Any, key: Any) -> Any:
         # A small one between ranks that poll takes less time than the layers that most calls go through. The world's do before.
-        core = core_of(group) if group is not None else None
+        core = core_of(group, what) if group is not None else None
         call = ALL_REDUCE_AS.get(op) if type(op) is str else None
         if core is not None and call is not None and timeout is None is core.timeout and stream is None is key:
             work = core.known.run(call, x, out, what, core.world.spin if core.world is not None else 0.0)
@@ -227,7 +227,7 @@ def average_gradients(
 ) -> Any:
     """Average a tree of arrays over all ranks; see ``rt.average_gradients``."""
     start = averaging(all_reduce_size, communication_type)
-    return _api._run(group, start, gradients, None, None, communication_stream, None)
+    return _api._run("average_gradients", group, start, gradients, None, None, communication_stream, None)
 
 
 init.__doc__, average_gradients.__doc__ = rt.init.__doc__, rt.average_gradients.__doc__
