@@ -30,6 +30,8 @@ Sum = Callable[[Array], Awaitable[Array]]
 WIDTH, HIDDEN, BLOCKS = 64, 512, 2
 _CLIENT_GONE = 499  # nginx' word for it; nobody reads it
 BATCH_MOST = 64  # requests that are computed together
+LARGEST = 1e6  # of the numbers in a request: those of no size would make answers that JSON has no words for
+EXERCISE_MOST = 1 << 30  # bytes
 QUIET_TURNS = 4  # of the loop, in which no request is queued, before a batch is taken: what a handler takes to read its request
 
 
@@ -213,18 +215,21 @@ class Front:
 
     async def _predict(self, request: Request) -> Response:
         try:
-            row = np.asarray(await request.json(), np.float32)
+            row = np.asarray(await request.json(), np.float64)
         except ClientDisconnect:
             return Response(status_code=_CLIENT_GONE)
-        except (ValueError, TypeError):
-            row = np.empty(0, np.float32)
-        if row.shape != (WIDTH,):
-            return JSONResponse({"error": f"expected a list of {WIDTH} numbers"}, 400)
-        return await self._ask(request, row)
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            row = np.empty(0)
+        if row.shape != (WIDTH,) or not (np.abs(row) <= LARGEST).all():
+            return JSONResponse({"error": f"expected a list of {WIDTH} numbers from {-LARGEST:g} to {LARGEST:g}"}, 400)
+        return await self._ask(request, row.astype(np.float32))
 
     async def _exercise(self, request: Request) -> Response:
         await request.body()
-        return await self._ask(request, np.empty(0, np.float32), int(request.query_params["bytes"]))
+        asked = request.query_params.get("bytes", "")
+        if not asked.isascii() or not asked.isdigit() or len(asked) > 20 or not 0 < int(asked) <= EXERCISE_MOST:
+            return JSONResponse({"error": f"expected ?bytes=N from 1 to {EXERCISE_MOST}"}, 400)
+        return await self._ask(request, np.empty(0, np.float32), int(asked))
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse(self._failure or {"ok": True}, 503 if self._failure else 200)

@@ -209,6 +209,25 @@ def test_health_names_a_worker_that_died_and_the_server_ends() -> None:
         assert errors[rank].splitlines()[-1].startswith("server: ") and "lost rank 2" in errors[rank].splitlines()[-1]
 
 
+NUMBERS = _server_parts.WIDTH - 1  # of a row that is right but for what is added
+ODD_NUMBERS = ["NaN", "1e400", "1e38", "-1e38", "9" * 400]
+ODD_ROWS = ["", "null", "{}", "[1]", "[" * 100_000, *("[" + "0," * NUMBERS + odd + "]" for odd in ODD_NUMBERS)]
+ODD_SIZES: list[dict[str, Any]] = [{}, {"bytes": "many"}, {"bytes": 0}, {"bytes": -4}, {"bytes": 1 << 60}]
+
+
+def test_no_request_ends_the_server() -> None:
+    rows, expected = requests(1)
+    with Server() as server, httpx.Client(base_url=server.url, timeout=30) as client:
+        answers = [client.post("/predict", content=odd) for odd in ODD_ROWS] + [client.post("/exercise", params=odd) for odd in ODD_SIZES]
+        found = client.post("/predict", json=rows[0].tolist())
+        server.processes[0].send_signal(signal.SIGTERM)
+        codes, errors = server.end()
+    assert [answer.status_code for answer in answers] == [400] * len(answers)
+    assert all("expected" in answer.json()["error"] for answer in answers)
+    assert np.allclose(found.json(), expected[0], rtol=TOLERANCE, atol=TOLERANCE)
+    assert codes == [0] * SIZE and errors == [""] * SIZE
+
+
 def test_workers_that_wait_cost_nothing() -> None:
     with Server() as server:
         httpx.post(server.url + "/predict", json=[0.0] * _server_parts.WIDTH)
