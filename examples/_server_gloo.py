@@ -69,9 +69,12 @@ async def serve(front: Front, blocks: list[Block], port: int) -> None:
     """Rank 0: HTTP beside the task that leads the ranks."""
     with ThreadPoolExecutor(1) as thread:
         leader = asyncio.ensure_future(lead(front, blocks, thread))
-        await front.serve("127.0.0.1", port)
+        web = asyncio.ensure_future(front.serve("127.0.0.1", port))
+        await asyncio.wait({leader, web}, return_when=asyncio.FIRST_COMPLETED)
         front.close_queue()
         await leader
+        front.stop()
+        await web
 
 
 async def follow(blocks: list[Block]) -> None:

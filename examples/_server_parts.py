@@ -141,10 +141,10 @@ class Front:
         self._uvicorn = _Uvicorn(config)
 
     async def serve(self, host: str, port: int) -> None:
-        """Answer requests until ``stop``, or until SIGINT or SIGTERM; then finish those that have begun."""
+        """Answer requests until ``stop``; then finish those that have begun. SIGINT and SIGTERM close the queue."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, self.close_queue)
         with socket.create_server((host, port)) as listener:
             print(f"serving on http://{host}:{listener.getsockname()[1]}", flush=True)
             await self._uvicorn.serve(sockets=[listener])
@@ -154,7 +154,8 @@ class Front:
         self._uvicorn.should_exit = True
 
     def close_queue(self) -> None:
-        """Have ``batch`` return an empty list when all that is queued is done."""
+        """Have ``batch`` return an empty list when all that is queued is done, and refuse what comes from here on."""
+        self._failure = self._failure or {"ok": False, "culprit": None, "error": "the server is stopping"}
         self._queue.put_nowait(None)
 
     async def batch(self) -> list[Job]:

@@ -15,7 +15,8 @@ Three rules make it robust, and are worth copying:
 
 ``/predict`` takes a list of 64 numbers and returns as many, ``/health`` says whether all ranks are there, ``/stats`` counts. SIGINT or
 SIGTERM to rank 0 ends all ranks with exit code 0. If a rank dies, ``/health`` says which for two more seconds, then the rest ends with
-code 1. (``rt.launch`` ends all ranks as soon as one fails.)
+code 1. That is so under ``rt.launch``, too, which sends SIGTERM as soon as one rank fails: a signal asks the ranks to stop first, while
+HTTP goes on, and so finds out who is lost.
 
 May live here: what a user would write. May not: anything of ``rt`` that is not public; HTTP and the network (``_server_parts.py``).
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import random
 import re
 import secrets
@@ -257,3 +258,18 @@ def test_under_the_launcher() -> None:
         launcher.send_signal(signal.SIGINT)
         assert launcher.communicate(timeout=30) == ("", "")
     assert launcher.returncode == 0
+
+
+def test_health_names_a_worker_that_died_under_the_launcher_too() -> None:
+    command = [sys.executable, "-m", "rt.launch", "-n", "3", str(EXAMPLES / "server.py"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        url = find_url(launcher.stdout.readline())
+        os.kill(httpx.get(url + "/stats").json()["processes"][1], signal.SIGKILL)
+        began = time.monotonic()
+        while httpx.get(url + "/health").json().get("culprit") != 1:
+            assert time.monotonic() - began < TOLD_SECONDS
+        output, errors = launcher.communicate(timeout=30)
+    assert launcher.returncode == 128 + signal.SIGKILL
+    assert "lost rank 1" in output.splitlines()[-1]
+    assert "[0] server: " in errors and errors.splitlines()[-1] == "rt.launch: rank 1 was killed by SIGKILL"
