@@ -44,7 +44,8 @@ def gloo(result: Result) -> list[str]:
     options = result.options
     line, half = "=" * (_TOTAL + 2), _TOTAL // 2
     name, title = options.collective.name, "BENCHMARK RESULTS"
-    uses = f"tcp, {result.main}"
+    links = {found.split()[0] for greeting in result.greetings[result.main] for found in greeting["links"].values()}
+    uses = f"{' and '.join(sorted(links)) or 'unknown'}, {result.main}"
     columns = ("size (B)", "elements", "min (us)", "p50 (us)", "p99 (us)", "max (us)")
     head = "".join(f"{column:>{_S}}" for column in columns) + f"{'bandwidth (GB/s)':>{_L}}{'iterations':>{_M}}"
     return [

@@ -366,6 +366,13 @@ def test_osu_barrier_has_no_size() -> None:
     assert report.text(made_up("barrier", count=0), "osu").split("\n")[2:] == ["# Avg Latency(us)", "%17.2f" % 1000.0]
 
 
+def test_the_table_of_gloo_names_the_links_there_were() -> None:
+    result = made_up()
+    assert "Device:      tcp, rt sync" in report.text(result, "gloo")
+    result.greetings["rt sync"] = [{"links": {"1": "shm", "2": "tcp 10.0.0.2:1"}}, {"links": {"0": "shm"}}]
+    assert "Device:      shm and tcp, rt sync" in report.text(result, "gloo")
+
+
 def test_gloo_form() -> None:
     lines = report.text(made_up(), "gloo").split("\n")
     assert lines[0] == "=" * 100 == lines[6]
