@@ -46,6 +46,7 @@ _ROOTED = frozenset(
     {Collective.BROADCAST, Collective.REDUCE, Collective.GATHER, Collective.SCATTER, Collective.GATHER_V, Collective.SCATTER_V}
 )
 _COUNTED = frozenset({Collective.ALL_GATHER_V, Collective.REDUCE_SCATTER_V, Collective.GATHER_V, Collective.SCATTER_V})
+_COUNTS_TOLD = 64  # ranks: the counts of more make a message that nobody reads
 _RECENT = 64  # calls that can still be named when a peer turns out to have called something else
 
 
@@ -102,6 +103,22 @@ def hash64(*parts: object) -> int:
     """Return a 64-bit number that all ranks derive alike and that is never 0."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") | 1
+
+
+def number_of(counts: tuple[int, ...]) -> int:
+    """Return the 64-bit number that stands for counts in a signature: even, and all of them, where they fit; else odd, and a hash."""
+    bits = 63 // len(counts)
+    if any(count >> bits for count in counts):
+        return hash64(*counts)
+    return sum(count << (1 + bits * index) for index, count in enumerate(counts))
+
+
+def explain_counts(number: int, size: int) -> str:
+    """Return in words what ``number_of`` made of the counts of a group's ranks."""
+    if number & 1:
+        return f"counts {number:016x} (a hash)"
+    bits = 63 // size
+    return f"counts {[number >> (1 + bits * index) & ((1 << bits) - 1) for index in range(size)]}"
 
 
 class InLibrary(NamedTuple):
@@ -249,7 +266,8 @@ class CoreGroup:
         nbytes = _count(call.shape) * ITEMSIZE[call.dtype]
         if call.part:
             return "object" if call.part == "header" else f"object, a piece of {nbytes} B"
-        return f"{call.dtype.name.lower()}, {nbytes} B" if call.kind is not Collective.BARRIER else "all ranks"
+        counts = f", counts {list(call.counts)}" if call.kind in _COUNTED and len(call.counts) <= _COUNTS_TOLD else ""
+        return f"{call.dtype.name.lower()}, {nbytes} B{counts}" if call.kind is not Collective.BARRIER else "all ranks"
 
     def signature_of(self, call: Call, algorithm: str) -> bytes:
         """Return what the peers compare of a call, or as much for every rank of the group where that differs."""
@@ -269,7 +287,7 @@ class CoreGroup:
         table = self.tuning.fingerprint if self.tuning is not None else ""
         fingerprint = hash64(algorithm, self.identity, lanes, self.full_mesh, self.hosts, self.link_kind, table)
         root = -1 if p2p else call.root
-        tag = hash64(*call.counts) if call.counts else call.tag & (2**64 - 1)
+        tag = number_of(call.counts) if call.counts else call.tag & (2**64 - 1)
         return _SIGNATURE.pack(0, kind, call.dtype, call.op, len(shape), nbytes, root, self.size, fingerprint, tag, *dims)
 
     def _signatures_of_pairs(self, call: Call, algorithm: str) -> bytes:
@@ -390,7 +408,7 @@ WAITING_ALIKE = (  # what is said of two ranks that wait for each other in calls
 
 def explain_signature(signature: bytes, role: int | None = None) -> str:
     """Return in words what a signature says: ``all_reduce #3 sum float32 (2, 2)``; ``role`` tells a send (0) from a recv (1)."""
-    sequence, kind, dtype, op, ndim, nbytes, root, _, _, tag, *dims = _SIGNATURE.unpack(signature)
+    sequence, kind, dtype, op, ndim, nbytes, root, size, _, tag, *dims = _SIGNATURE.unpack(signature)
     objects, kind = kind & _OF_OBJECTS, kind & ~_OF_OBJECTS
     try:
         if objects:
@@ -405,7 +423,7 @@ def explain_signature(signature: bytes, role: int | None = None) -> str:
         else:
             parts += [f"shape {shape}", f"{nbytes} B"]
         parts += [f"root {root}"] if kind in _ROOTED else []
-        parts += [f"counts {tag:016x} (a hash)"] if kind in _COUNTED else []
+        parts += [explain_counts(tag, size)] if kind in _COUNTED else []
         parts += [f"tag {tag - 2**64 if tag >= 2**63 else tag}"] if kind == Collective.SEND else []
         parts += [f"of a list whose dtypes, shapes and names have the hash {tag:016x}"] if kind == Collective.ALL_REDUCE and tag else []
     except ValueError:

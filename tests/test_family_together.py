@@ -16,6 +16,7 @@ from ranks import FRONTS, in_order, results
 from test_collectives import Array, reduced, same, sample
 from test_mismatch import Case, check_verdict, each_case, provoke, told_by
 
+from rt import group
 from rt.dtypes import DType, Op
 
 # ---- disagreement -----------------------------------------------------------------------------------------------------------------------
@@ -46,18 +47,20 @@ CASES = {
     "counts of an all_gather_v": Case(
         lambda g, x: g.all_gather_v(mine(x, EVEN[g.size()], g.rank()), EVEN[g.size()]),
         lambda g, x: g.all_gather_v(mine(x, ODD[g.size()], g.rank()), ODD[g.size()]),
-        ("counts", "counts"),
+        ("counts [12, 0", "counts [0, "),
     ),
     "counts of a gather_v": Case(
         lambda g, x: g.gather_v(mine(x, EVEN[g.size()], g.rank()), EVEN[g.size()]),
         lambda g, x: g.gather_v(mine(x, ODD[g.size()], g.rank()), ODD[g.size()]),
-        ("counts", "counts"),
+        ("counts [12, 0", "counts [0, "),
     ),
     "counts of a reduce_scatter_v": Case(
-        lambda g, x: g.reduce_scatter_v(x, EVEN[g.size()]), lambda g, x: g.reduce_scatter_v(x, ODD[g.size()]), ("counts", "counts")
+        lambda g, x: g.reduce_scatter_v(x, EVEN[g.size()]),
+        lambda g, x: g.reduce_scatter_v(x, ODD[g.size()]),
+        ("counts [12, 0", "counts [0, "),
     ),
     "counts of a scatter_v": Case(
-        lambda g, x: g.scatter_v(x, EVEN[g.size()]), lambda g, x: g.scatter_v(x, ODD[g.size()]), ("counts", "counts")
+        lambda g, x: g.scatter_v(x, EVEN[g.size()]), lambda g, x: g.scatter_v(x, ODD[g.size()]), ("counts [12, 0", "counts [0, ")
     ),
     "root of a gather_v": Case(
         lambda g, x: g.gather_v(mine(x, EVEN[g.size()], g.rank()), EVEN[g.size()]),
@@ -80,6 +83,29 @@ async def disagree(rt: Any, world: Any, ctl: ranks.Ctl) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_disagreement_about(name: str, size: int, front: str) -> None:
     check_verdict(told_by(disagree, front, size, name), CASES[name].said)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (6, 2**31 - 1), (0, 1, 2, 2**15 - 1), (127, 0, 1, 2, 3, 4, 5, 6), (1,) * 63, (0,) * 100])
+def test_counts_are_told_where_they_fit(counts: tuple[int, ...]) -> None:
+    number = group.number_of(counts)
+    assert 0 <= number < 2**64 and group.explain_counts(number, len(counts)) == f"counts {list(counts)}"
+
+
+def test_counts_that_do_not_fit_are_told_apart() -> None:
+    numbers = [group.number_of(counts) for counts in ((2**31, 0), (0, 2**31), (2**15, 0, 0, 0), (1,) * 64, (1,) * 65)]
+    assert len(set(numbers)) == 5 and all(0 <= number < 2**64 and "a hash" in group.explain_counts(number, 2) for number in numbers)
+
+
+async def wrong_counts(rt: Any, world: Any, ctl: Any) -> str:
+    counts = [[1 << 40, 1], [1 << 40, 2]][world.rank()]
+    with pytest.raises(rt.MismatchError) as caught:
+        await world.gather_v(np.empty((counts[world.rank()], 0), np.float32), counts)
+    return str(caught.value)
+
+
+def test_each_rank_tells_its_own_counts() -> None:
+    said = results(2, wrong_counts)
+    assert [f"(float32, 0 B, counts [{1 << 40}, {last}])" in text for last, text in enumerate(said, 1)] == [True, True], said
 
 
 def pairs() -> dict[str, tuple[int, int, tuple[str, str]]]:
