@@ -112,9 +112,13 @@ class Message:
         """The pieces that follow ``first``."""
         return [*self._more, *self.buffers]
 
-    def load(self) -> Any:
-        """Make the object. This runs code that the sender chose, and raises what that raises."""
-        return pickle.loads(self.stream.data, buffers=self.buffers)
+    def load(self, what: str, sender: int) -> Any:
+        """Make the object. This runs code that the sender chose, and raises what that raises, with a note of the call and the sender."""
+        try:
+            return pickle.loads(self.stream.data, buffers=self.buffers)
+        except Exception as error:
+            error.add_note(f"{what}: the object of rank {sender} could not be unpickled")
+            raise
 
 
 class Order:
@@ -381,7 +385,7 @@ def _recv(group: CoreGroup, peer: int, tag: int) -> Stages:
     message = Message.arriving(header)
     yield move(message.first, "body")
     message.allocate()
-    return move(message.rest(), "body"), message.load
+    return move(message.rest(), "body"), lambda: message.load("recv_object", peer)
 
 
 def _broadcast(group: CoreGroup, obj: Any, message: Message | None, root: int) -> Stages:
@@ -396,7 +400,7 @@ def _broadcast(group: CoreGroup, obj: Any, message: Message | None, root: int) -
     message = Message.arriving(header)
     yield move(message.first, "body")
     message.allocate()
-    return move(message.rest(), "body"), message.load
+    return move(message.rest(), "body"), lambda: message.load("broadcast_object", root)
 
 
 def _gather(group: CoreGroup, what: str, obj: Any, own: Message, root: int) -> Stages:
@@ -422,7 +426,7 @@ def _gather(group: CoreGroup, what: str, obj: Any, own: Message, root: int) -> S
     works = [work for rank, message in messages.items() for work in move(rank, message.rest())]
     if len(messages) < group.size:
         return works, lambda: None
-    return works, lambda: [obj if message is own else message.load() for message in messages.values()]
+    return works, lambda: [obj if message is own else message.load(what, rank) for rank, message in messages.items()]
 
 
 def _submit(

@@ -173,8 +173,10 @@ async def fail_alone(rt: Any, group: Any, ctl: ranks.Ctl) -> None:
             if rank == 0:
                 await start(Explosive(payload))  # its own object is not unpickled
             else:
-                with pytest.raises(ZeroDivisionError, match="no such thing here"):
+                with pytest.raises(ZeroDivisionError, match="no such thing here") as failed:
                     await start(None)
+                (note,) = failed.value.__notes__
+                assert re.fullmatch(r"(broadcast_object|all_gather_objects): the object of rank 0 could not be unpickled", note)
     assert await rt.all_gather_objects(rank) == [0, 1]
 
 

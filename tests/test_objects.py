@@ -189,7 +189,7 @@ def test_buffers_are_sent_from_where_they_lie_and_stay_where_they_land() -> None
     received.allocate()
     for mine, theirs in zip(received.rest(), sent.rest(), strict=True):
         mine[:] = theirs
-    writable, fixed, small = received.load()
+    writable, fixed, small = received.load("recv_object", 0)
     assert address(writable.buffer) == address(received.buffers[0]) and address(fixed.buffer) == address(received.buffers[1])
     assert memoryview(fixed.buffer).readonly and not memoryview(writable.buffer).readonly and small.flags.writeable
 
