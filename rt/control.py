@@ -135,6 +135,10 @@ class Control:
         """Tell a direct peer how many messages were sent to it. In the control thread."""
         self._send(rank, _TALLY, payload)
 
+    def tell_all(self, payload: bytes) -> None:
+        """Tell every rank that is connected with this one what ``on_calls`` is for there. In the control thread."""
+        self._flood(_CALLS, payload, None)
+
     def later(self, seconds: float, function: Callable[..., None], *arguments: Any) -> None:
         """Have a function called in the control thread after some seconds. Any thread; nothing happens once the thread has ended."""
         self._post(self._call_later, seconds, function, *arguments)

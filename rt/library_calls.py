@@ -47,6 +47,32 @@ class Told(NamedTuple):
         return cls(group, size, rank, first, [body[i : i + SIGNATURE_BYTES] for i in range(0, len(body), SIGNATURE_BYTES)])
 
 
+class Left(NamedTuple):
+    """What a rank had called in a group when it left.
+
+    Attributes:
+        group: 64-bit identity.
+        rank: of the group.
+        calls: how many collectives.
+        sent, received: how many messages, by the other rank.
+    """
+
+    group: int
+    rank: int
+    calls: int
+    sent: list[int]
+    received: list[int]
+
+    def pack(self) -> bytes:
+        """Write the message."""
+        return json.dumps(self).encode()
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Left:
+        """Read a message. Raises ValueError where the bytes are none."""
+        return cls(*json.loads(payload))
+
+
 class Disagreement(NamedTuple):
     """Two ranks that called different things: numbers in the group, and what happened in words."""
 

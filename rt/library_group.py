@@ -42,6 +42,7 @@ class LibraryGroup(CoreGroup):
         self._compared = 0  # of those that were
         self._last, self._told_at = b"", 0.0  # the last of these, and when
         self.flying: set[Work] = set()  # by the library
+        self._left = {left.rank: left for left in world.left(identity)}  # of its ranks
 
     # -- submitting
 
@@ -66,6 +67,7 @@ class LibraryGroup(CoreGroup):
             channel = call.kind, call.root, call.tag
             work.sequence = self._messages[channel] = self._messages.get(channel, -1) + 1
             work.peer = call.root
+            self._fail_if_missed([work])
         else:
             self.note(work, signature)
         self._lend(work)
@@ -101,6 +103,8 @@ class LibraryGroup(CoreGroup):
         """Number a collective, and have it compared with what the other ranks called."""
         work.sequence = self.count
         self.tell(signature)
+        if self._left:
+            self._fail_if_missed([work])
 
     def tell(self, signature: bytes) -> None:
         """Have a collective compared with what the other ranks called."""
@@ -127,6 +131,38 @@ class LibraryGroup(CoreGroup):
         """Return what the library carries."""
         works = [(work, work.since or None) for work in list(self.flying) if work.state == _fastpath.FLYING]
         return InLibrary(works, self.count, self.world.heard(self.identity))
+
+    # -- ranks that leave
+
+    def idle(self) -> bool:
+        """Say whether the library does nothing for this group."""
+        return not self.in_library().works
+
+    def last_calls(self) -> library_calls.Left:
+        """Return how often this rank has called."""
+        return library_calls.Left(self.identity, self.rank, self.count, self._exchanged(Collective.SEND), self._exchanged(Collective.RECV))
+
+    def _exchanged(self, kind: Collective) -> list[int]:
+        found = [0] * self.size
+        for (each, peer, _), last in list(self._messages.items()):
+            found[peer] += (last + 1) * (each is kind)
+        return found
+
+    def miss(self, left: library_calls.Left) -> None:
+        """Break the group if a call in flight needs a rank that has left without it; those that are still to come look themselves."""
+        self._left[left.rank] = left
+        self._fail_if_missed([work for work, _ in self.in_library().works])
+
+    def _fail_if_missed(self, works: list[Work]) -> None:
+        for left in list(self._left.values()):
+            if self.failure is None and any(self._needs(work, left) for work in works):
+                self.fail(self.closed(f"rank {left.rank} has closed the group and is still needed"))
+
+    def _needs(self, work: Work, left: library_calls.Left) -> bool:
+        if work.peer is None:
+            return work.sequence >= left.calls
+        mine = [self._exchanged(kind)[left.rank] for kind in P2P]
+        return work.peer == left.rank and (mine[0] > left.received[self.rank] or mine[1] > left.sent[self.rank])
 
     # -- ends
 

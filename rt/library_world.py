@@ -24,9 +24,8 @@ from rt.library_group import LibraryGroup
 from rt.library_waiting import Requests, patiently
 
 _PATIENCE_SECONDS = 0.5  # until an error of the library is taken for the cause of a failure: a death is heard of within that
-_LEAVE_SECONDS = 5.0
 _COMPARE_SECONDS = 0.05  # between a call and its comparison: one message then tells of all calls meanwhile
-_LATE = b"late "
+_LATE, _LEFT = b"late ", b"left "
 
 
 class LibraryWorld(worlds.World):
@@ -39,9 +38,11 @@ class LibraryWorld(worlds.World):
 
     library = ""
     unsaid = ""
+    leave_seconds = 5.0  # for which a rank that leaves waits for its own works
 
     def __init__(self, settings: config.RingConfig) -> None:
         super().__init__(settings)
+        self._left: dict[tuple[int, int], library_calls.Left] = {}  # by group and rank
         self.requests = Requests()
         self.library_drivers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._comparing = False
@@ -73,7 +74,10 @@ class LibraryWorld(worlds.World):
                     self.compare_soon()
 
     def _hear_calls(self, payload: bytes) -> None:
-        """On rank 0, in the control thread: a rank told what it called, or that something it called is late."""
+        """In the control thread: a rank has left; or, on rank 0, told what it called, or that something it called is late."""
+        if payload.startswith(_LEFT):
+            self._hear_left(payload)
+            return
         if payload.startswith(_LATE):
             self.control.later(2 * _COMPARE_SECONDS, self._blame, *json.loads(payload[len(_LATE) :]))  # type: ignore[union-attr]
             return
@@ -86,6 +90,10 @@ class LibraryWorld(worlds.World):
     def heard(self, group: int) -> list[int]:
         """Return how many calls each rank of a group has told rank 0 of; [] on other ranks."""
         return self._comparison.told(group)
+
+    def left(self, group: int) -> list[library_calls.Left]:
+        """Return what the ranks of a group that have left told of it."""
+        return [left for (identity, _), left in list(self._left.items()) if identity == group]
 
     # -- failures
 
@@ -130,18 +138,42 @@ class LibraryWorld(worlds.World):
     # -- leaving
 
     def leave(self) -> None:
-        """Leave in order, when own works have ended; at most about 16 s. Idempotent."""
+        """Leave in order, when own works have ended, which the library may limit. Idempotent."""
         if not (self.closed or self.orphan):
+            self._tell_left()
+            until = time.monotonic() + self.leave_seconds
+            if not self.broken:
+                patiently(self._nothing_open, lambda: self.broken or time.monotonic() > until)
             self.whole = not self.broken
-            until = time.monotonic() + _LEAVE_SECONDS
             if self.whole:
-                patiently(self._nothing_open, lambda: time.monotonic() > until)
                 self._end_library()
         super().leave()
+
+    def _tell_left(self) -> None:
+        """Tell all ranks how often this one has called: who waits for one more call of it would do so for ever."""
+        for group in list(self.groups.values()):
+            if isinstance(group, LibraryGroup) and self.control is not None:
+                self.control.later(0, self.control.tell_all, _LEFT + group.last_calls().pack())
+
+    def _hear_left(self, payload: bytes) -> None:
+        """In the control thread: a rank leaves. Those that are connected with it pass it on to those that are not."""
+        left = library_calls.Left.unpack(payload[len(_LEFT) :])
+        if (left.group, left.rank) in self._left or self.control is None:
+            return
+        self._left[left.group, left.rank] = left
+        self.control.tell_all(payload)
+        self._miss(left)
+        self.control.later(_COMPARE_SECONDS, self._miss, left)  # a call may have been on its way
+
+    def _miss(self, left: library_calls.Left) -> None:
+        group = self.groups.get(left.group)
+        if isinstance(group, LibraryGroup) and left.rank != group.rank:
+            group.miss(left)
 
     def _end_library(self) -> None:
         """Do what the library wants done at the end, when nothing is in flight."""
 
     def _nothing_open(self) -> bool:
         self.requests.poll()
-        return not len(self.requests)
+        groups = [group for group in list(self.groups.values()) if isinstance(group, LibraryGroup)]
+        return not len(self.requests) and all(group.idle() for group in groups)

@@ -24,7 +24,7 @@ import numpy as np
 from rt import _fastpath
 from rt.aio import Work
 from rt.dtypes import HALF, ITEMSIZE, Op
-from rt.errors import GroupBrokenError, PeerLostError, RTError
+from rt.errors import GroupBrokenError, GroupClosedError, PeerLostError, RTError
 from rt.group import Call, CoreGroup, InLibrary, Ready
 from rt.library_group import P2P, LibraryGroup
 from rt.library_waiting import LOOP_BYTES, Request, Worker, patiently
@@ -90,6 +90,10 @@ class MpiGroup(LibraryGroup):
         since = dict.fromkeys(list(self.blocked.values()), time.monotonic() if self.called else self._told_at)
         works = dict(found.works) | {work: began for work, began in since.items() if work.state == _fastpath.FLYING}
         return found._replace(works=list(works.items()))
+
+    def idle(self) -> bool:
+        """Say whether no thread is inside MPI for this group, making its communicators or a call, and nothing is in flight."""
+        return (self.size == 1 or self._made.done()) and not self._worker.busy and super().idle()
 
     def _begin(self, work: Work, function: Callable[..., Any] | None, arguments: tuple[Any, ...], signature: bytes) -> None:
         """Begin an all-reduce that was made before, of arrays that MPI takes as they are."""
@@ -206,7 +210,7 @@ class MpiGroup(LibraryGroup):
         """Break the group for good, from any thread. What MPI has begun cannot be taken back: its memory stays MPI's."""
         super().fail(failure)
         stuck = [(self.failure or failure)(work) for work in self.blocked.values() if work.state != _fastpath.DONE]
-        if isinstance(error := (self.failure or failure)(Work(self)), GroupBrokenError):
+        if isinstance(error := (self.failure or failure)(Work(self)), GroupBrokenError | GroupClosedError):
             self._say(stuck or [error] if isinstance(error, PeerLostError) else stuck)
             if stuck:
                 self._end_process()
@@ -294,7 +298,7 @@ class _OnlyRemembers:
     """A group's table of known calls, for calls that did not find themselves there, or must not look: those that block with a limit."""
 
     def __init__(self, table: _fastpath.Calls) -> None:
-        self.remember, self.remember_message = table.remember, table.remember_message
+        self.remember, self.remember_message, self.break_off = table.remember, table.remember_message, table.break_off
 
     def start(self, *_: Any) -> None:
         """Find nothing."""

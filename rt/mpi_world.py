@@ -13,6 +13,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import os
 import secrets
 import socket
@@ -50,6 +51,7 @@ class MpiWorld(LibraryWorld):
 
     library = "MPI"
     unsaid = "one awaits it and the other blocks in it (rt.sync), which MPI does not match"
+    leave_seconds = math.inf  # MPI_Finalize waits for the other ranks, too, and must not be called while a thread is inside MPI
 
     def __init__(self, settings: config.RingConfig, words: mpi.Words, carries: bool) -> None:
         super().__init__(settings)

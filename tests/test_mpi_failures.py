@@ -193,6 +193,69 @@ def test_a_group_that_breaks_between_the_check_of_a_call_and_its_begin(library: 
         assert [ranks.hear(rank) for rank in range(2)] == [(GroupAbortedError.__name__, 1)] * 2
 
 
+async def one_ends(rt: Any, group: Any, ctl: Any, count: int) -> str | None:
+    x = np.ones(count, np.float32)
+    await rt.all_sum(x)
+    if group.rank() == 1:
+        return None
+    with pytest.raises(GroupClosedError) as caught:
+        await rt.all_sum(x)
+    return str(caught.value)
+
+
+@libraries
+@fronts
+@pytest.mark.parametrize("count", [1000, 3_000_000])
+def test_a_rank_that_ends_and_is_still_needed(library: str, front: str, count: int) -> None:
+    outcomes = run(3, one_ends, library=library, front=front, args=(count,), timeout=20)
+    said = [text for text in (outcomes[0].value, outcomes[2].value, outcomes[0].stderr) if text]
+    assert any(": rank 1 has closed the group and is still needed" in text for text in said), outcomes[0]
+
+
+async def one_ends_and_owes_a_message(rt: Any, group: Any, ctl: Any) -> str | None:
+    if group.rank() == 1:
+        await rt.send(np.ones(10), 0)
+        await rt.send(np.ones(100_000), 2)
+        return None
+    if group.rank() == 2:
+        ctl.hear()
+        return float((await rt.recv(100_000, np.float64, 1))[-1])  # its sender waits for that at its end
+    await rt.recv(10, np.float64, 1)
+    ctl.tell("received")
+    with pytest.raises(GroupClosedError) as caught:
+        await rt.recv(10, np.float64, 1)
+    return str(caught.value)
+
+
+@libraries
+def test_messages_of_a_rank_that_ends(library: str) -> None:
+    from mpi import MpiRanks
+
+    with MpiRanks(3, one_ends_and_owes_a_message, library=library, front="asyncio") as ranks:
+        assert ranks.hear(0) == "received"
+        ranks.tell(2, "go on")
+        while ranks.outcomes[0].value is None or ranks.outcomes[2].value is None:
+            ranks._listen(0.02)
+        assert ": rank 1 has closed the group and is still needed" in ranks.outcomes[0].value
+        assert ranks.outcomes[2].value == 1.0
+
+
+async def ends_at_once(rt: Any, group: Any, ctl: Any) -> None:
+    """End while MPI makes communicators, and calls that nobody awaits are in flight."""
+    for _ in range(3):
+        await group.split(group.rank() % 2)
+    for count in (10, 3_000_000) if ctl.front != "sync" else ():
+        for _ in range(3):
+            rt.all_sum(np.ones(count, np.float32))
+
+
+@libraries
+@fronts
+def test_ends_while_mpi_is_at_work(library: str, front: str) -> None:
+    for outcome in run(4, ends_at_once, library=library, front=front):
+        assert outcome.returncode == 0, outcome
+
+
 async def closes(rt: Any, group: Any, ctl: Any) -> str:
     await rt.barrier()
     await rt.close()

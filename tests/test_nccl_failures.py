@@ -189,6 +189,25 @@ def test_an_orderly_end(front: str) -> None:
     assert results(2, closes, front=front) == [[("destroy",)]] * 2
 
 
+async def one_ends(rt: Any, group: Any, ctl: Any) -> str | None:
+    x = to_device(np.ones(10, np.float32))
+    await rt.all_sum(x)
+    if group.rank() == 1:
+        return None
+    with pytest.raises(GroupClosedError) as caught:
+        await rt.all_sum(x)
+    assert sys.modules["cupy"].cuda.nccl.communicators[0].gone.wait(20)
+    return str(caught.value)
+
+
+@fronts
+def test_a_rank_that_ends_and_is_still_needed(front: str) -> None:
+    found = results(3, one_ends, front=front)
+    assert found[1] is None
+    for text in (found[0], found[2]):
+        assert ": rank 1 has closed the group and is still needed" in text, text
+
+
 async def just_ends(rt: Any, group: Any, ctl: Any) -> None:
     await rt.all_sum(to_device(np.ones(10, np.float32)))
 
