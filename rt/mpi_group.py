@@ -130,6 +130,8 @@ class MpiGroup(LibraryGroup):
             except TimeoutError:
                 if self.failure is not None:
                     raise self.failure(Work(self), True) from None
+            except Exception as error:  # of MPI's: it could not make them
+                self.raise_for(Work(self), error)
 
     def _is_large(self, call: Call) -> bool:
         """Say whether a call is made by the thread: alike on all ranks, so what a rank alone knows must not decide."""

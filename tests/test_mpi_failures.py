@@ -256,6 +256,32 @@ def test_ends_while_mpi_is_at_work(library: str, front: str) -> None:
         assert outcome.returncode == 0, outcome
 
 
+class NoMore:
+    """A communicator of a library that can make no more of them."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("Too many communicators")
+
+
+async def no_communicator(rt: Any, group: Any, ctl: Any) -> tuple[str, str, float]:
+    world = (group.real._core if ctl.front == "sync" else group._core).world
+    comms, world._comms = world._comms, (NoMore(), NoMore())
+    part = await group.split(0)
+    kind, _, text = await until_broken(lambda: part.all_sum(1.0))
+    world._comms = comms
+    return kind, text, float(await rt.all_sum(1.0))
+
+
+@libraries
+@fronts
+def test_a_library_that_makes_no_more_communicators(library: str, front: str) -> None:
+    for outcome in run(2, no_communicator, library=library, front=front):
+        assert outcome.value is not None, outcome
+        kind, text, total = outcome.value
+        assert kind == "ProtocolError" and "Too many communicators" in text, text
+        assert total == 2.0, "the world is whole"
+
+
 async def closes(rt: Any, group: Any, ctl: Any) -> str:
     await rt.barrier()
     await rt.close()
