@@ -89,7 +89,8 @@ class NcclGroup(LibraryGroup):
                 comm = self._nccl.NcclCommunicator(self.size, place.tobytes(), self.rank)
         except Exception as error:
             if not isinstance(error, RTError):  # those come with the group's failure
-                self.world.not_connected(self, f"NCCL on rank {self.world.rank} could not connect device {self.device}: {error}")
+                text = f"NCCL on rank {self.world.rank} could not connect device {self.device}: {error}; {self.world.advice()}"
+                self.world.not_connected(self, text)
             return
         try:
             self.making.set_result(comm)

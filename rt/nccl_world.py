@@ -71,6 +71,13 @@ class NcclWorld(LibraryWorld):
             text = f"rank {group.rank}/{group.size}: NCCL did not connect the ranks of group {group.name} within {seconds}"
             group.fail(lambda work, later=False: RendezvousError(text))
 
+    def advice(self) -> str:
+        """Return what may be wrong where NCCL cannot connect, which it says in a word or two, and how to do without it."""
+        here = self.hosts.count(self.hosts[self.rank])
+        shared = f"this host has {here} ranks, and this one sees {self._devices} device{'s' * (self._devices != 1)}: ranks that share one "
+        shared += "need NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1; "
+        return shared * (here > self._devices) + "NCCL_DEBUG=WARN has NCCL say more, and backend 'ring' does without it"
+
     def not_connected(self, group: NcclGroup, text: str) -> None:
         """NCCL could not connect; all ranks of the group are told."""
         self._report(Report("protocol", group.identity, 0, -1, "", text))

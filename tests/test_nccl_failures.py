@@ -237,7 +237,11 @@ async def cannot_connect(rt: Any, _: Any, ctl: Any, absent: bool) -> str:
 def test_a_device_that_cannot_be_connected(front: str) -> None:
     for text in results(2, cannot_connect, front=front, init=False, args=(False,)):
         assert text.startswith("ProtocolError: rank "), text
-        assert text.endswith("NCCL on rank 1 could not connect device 0: NCCL_ERROR_INVALID_USAGE: invalid usage"), text
+        assert text.endswith(
+            "NCCL on rank 1 could not connect device 0: NCCL_ERROR_INVALID_USAGE: invalid usage; this host has 2 ranks, and this one sees "
+            "1 device: ranks that share one need NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1; NCCL_DEBUG=WARN has NCCL say more, and "
+            "backend 'ring' does without it"
+        ), text
 
 
 def test_an_nccl_that_never_connects() -> None:
