@@ -174,7 +174,7 @@ def load() -> mpi.Words:
     global _words
     if _words is None:
         _words = mpi.Words(mpi.load())
-        atexit.register(_finish)
+        atexit.register(_finish, os.getpid())
     return _words
 
 
@@ -208,8 +208,10 @@ def _towards(name: str) -> str:
     return ""
 
 
-def _finish() -> None:
-    """At exit: leave the worlds, and MPI in order, unless a failure keeps others from coming there too."""
+def _finish(process: int) -> None:
+    """At exit: leave the worlds, and MPI in order, unless a failure keeps others from coming there too, or MPI is that of a parent."""
+    if os.getpid() != process:
+        return
     worlds.end()
     assert _words is not None
     ours = sys.modules["mpi4py"].rc.finalize is False  # who initialised MPI ends it

@@ -12,6 +12,7 @@ import asyncio
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mpi import libraries, run
+from mpi import LIBRARIES, libraries, run
 from ranks import Outcome
 
 from rt.errors import CollectiveTimeoutError, GroupAbortedError, GroupBrokenError, GroupClosedError, MismatchError, PeerLostError
@@ -254,6 +255,32 @@ async def ends_at_once(rt: Any, group: Any, ctl: Any) -> None:
 def test_ends_while_mpi_is_at_work(library: str, front: str) -> None:
     for outcome in run(4, ends_at_once, library=library, front=front):
         assert outcome.returncode == 0, outcome
+
+
+FORKS = """
+import os, sys
+import rt.sync as rt
+
+rt.init(strict=True, backend="mpi")
+rt.all_sum(1.0)
+child = os.fork()
+if child == 0:
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert rt.all_sum(1.0) == 2.0
+"""
+
+
+@libraries
+def test_a_forked_child_that_ends_leaves_mpi_to_its_parent(library: str) -> None:
+    found = LIBRARIES[library]
+    command = [*found.command(2), sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, env={**os.environ, **found.environ}, stderr=subprocess.PIPE, start_new_session=True) as launcher:
+        try:
+            assert launcher.communicate(timeout=20)[1] == b""
+            assert launcher.returncode == 0
+        finally:
+            launcher.terminate()  # it ends the ranks
 
 
 class NoMore:
