@@ -3,12 +3,13 @@
 May live here: what pyverbs is asked for, the differences between its versions, errors in words that help. May not: the stream that is
 made of it (``transports.rdma``), which rank connects to which (``rt.queue_pairs``), configuration.
 
-pyverbs 44 (Debian 12) and 59 (PyPI) are both in use: the module of constants has another name.
+pyverbs 44 (Debian 12) and 59 (PyPI) are both in use: the module of constants has another name, and another form.
 """
 
 from __future__ import annotations
 
 import ctypes
+import enum
 import errno
 import functools
 import ipaddress
@@ -19,6 +20,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 MESSAGES = 64  # data writes of one direction that the peer has not consumed, at most
@@ -122,7 +124,18 @@ def load() -> Any:
         for handler in [handler for handler in root.handlers if handler not in handlers]:
             root.removeHandler(handler)
         root.setLevel(level)
-    return enums
+    return constants(enums)
+
+
+@functools.cache
+def constants(module: Any) -> SimpleNamespace:
+    """Return the constants of a module: side by side in Debian's pyverbs, in a class per C enumeration where a newer Cython built it."""
+    found = {name: value for name, value in vars(module).items() if name.startswith("IBV_")}
+    for kind in vars(module).values():
+        if isinstance(kind, enum.EnumMeta):
+            members: dict[str, int] = dict(kind.__members__)
+            found |= members
+    return SimpleNamespace(**found)
 
 
 def missing() -> str:
