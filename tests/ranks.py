@@ -135,17 +135,20 @@ class Ranks:
         ours, theirs = socket.socketpair()
         files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         fds = [theirs.fileno()] + ([listener.fileno()] if rank == 0 else [])
-        here = os.path.dirname(os.path.abspath(__file__))
-        program = f"import sys; sys.path.insert(0, {here!r}); import ranks; ranks._rank({theirs.fileno()})"
         with theirs:
-            process = subprocess.Popen(
-                [*self._on[rank], self._python, "-X", "faulthandler", "-W", "error", "-c", program],
-                env=_environment(rank, size, listener, self._secret, env), stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1],
-                pass_fds=fds, start_new_session=True,
-            )  # fmt: skip
+            process = self._spawn(rank, _environment(rank, size, listener, self._secret, env), files, fds)
         self.processes.append(process)
         self._connections.append(Connection(ours.detach()))
         self._files.append(files)
+
+    def _spawn(self, rank: int, env: dict[str, str], files: tuple[IO[bytes], IO[bytes]], fds: list[int]) -> subprocess.Popen[bytes]:
+        """Start a process that lives by the first of its descriptors, and keeps the others."""
+        here = os.path.dirname(os.path.abspath(__file__))
+        program = f"import sys; sys.path.insert(0, {here!r}); import ranks; ranks._rank({fds[0]})"
+        return subprocess.Popen(
+            [*self._on[rank], self._python, "-X", "faulthandler", "-W", "error", "-c", program],
+            env=env, stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], pass_fds=fds, start_new_session=True,
+        )  # fmt: skip
 
     def tell(self, rank: int, thing: object) -> None:
         """Send an object to a rank's ``ctl.hear()``."""
