@@ -33,7 +33,8 @@ SECONDS = 1800  # alone on two cores it takes nine minutes; others may be busy, 
 SUITE = (  # with what the ring's ranks do together and how they fail, over jaccl, in both front ends
     "python -m pytest -q -p no:cacheprovider -p rdma_plugin -o junit_family=xunit1 --timeout 120 -o faulthandler_timeout=280 --durations 8 "
     "-k 'rdma or not (asyncio or debug or test_links)' tests/test_links.py tests/rdma_suite.py tests/rdma_wires.py "
-    "tests/test_concurrency.py tests/test_works.py tests/test_mismatch.py tests/test_failures.py tests/test_cancel.py --junitxml=$OUT/junit.xml"
+    "tests/test_concurrency.py tests/test_works.py tests/test_mismatch.py tests/test_failures.py tests/test_cancel.py "
+    "--junitxml=$OUT/junit.xml"
 )
 _PYVERBS = Path("/usr/lib/python3/dist-packages/pyverbs")  # for Debian's Python, whose extensions any other of its version loads
 _PACKAGES = ("numpy", "ml_dtypes", "optree", "psutil", "rich", "uvloop", "pytest", "pytest-asyncio", "pytest-timeout")
