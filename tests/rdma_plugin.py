@@ -7,6 +7,7 @@ modules are run this way, which ``rdma_guest`` says.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def _live(env: dict[str, str], files: tuple[IO[bytes], IO[bytes]], fds: list[int
         os.environ.clear()
         os.environ.update(env)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # for its life
+        logging.getLogger().handlers.clear()  # pytest's
         faulthandler.enable()
         warnings.simplefilter("error")
         ranks.live(Connection(fds[0]))
