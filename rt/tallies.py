@@ -39,7 +39,7 @@ class Tally:
                 report = Report.of_rank("lost", self._peer, f"lost rank {self._peer} (rdma {link.where}): {what}")
                 self._control.report(report)
                 return
-        if min(came, default=-1) < 0:
+        if min(came) < 0:
             return  # the links are over
         sent = [link.messages_sent for link in self._links]
         if sent != self._told:

@@ -87,7 +87,7 @@ class End:
     address: int
     ring_bytes: int
     messages: int
-    reliable: bool = True
+    reliable: bool
 
 
 @contextmanager
@@ -347,7 +347,7 @@ class QueuePair:
 
         port = self._device.port
         if peer.reliable != self.reliable:
-            kinds = ["UC" if each is False else "RC" for each in (self.reliable, peer.reliable)]
+            kinds = ["RC" if each else "UC" for each in (self.reliable, peer.reliable)]
             raise VerbsError(errno.ENOTSUP, f"{self.where} connects by {kinds[0]}, the peer's device by {kinds[1]}; both must be of a kind")
         self.messages = min(self.messages, peer.messages)
         self.ring_bytes = min(self.ring_bytes, peer.ring_bytes)
