@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import uvloop
-from _server_parts import WIDTH, Array, Block, Front, forward, memory, shard
+from _server_parts import NICE, WIDTH, Array, Block, Front, forward, memory, shard
 
 STOP, EXERCISE = -1, -2  # instead of a number of rows: a command is two numbers (what, bytes), and rows may follow
 
@@ -102,6 +102,8 @@ def main() -> None:
     parser.add_argument("--store", required=True, help="a file that does not exist yet, where the ranks meet")
     options = parser.parse_args()
     rank, size = int(os.environ["RT_RANK"]), int(os.environ["RT_WORLD_SIZE"])
+    if rank != 0:
+        os.nice(NICE)  # before gloo starts its threads: each has its own
     dist.init_process_group("gloo", init_method=f"file://{options.store}", rank=rank, world_size=size)
     blocks = shard(rank, size)
     if rank != 0:

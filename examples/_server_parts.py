@@ -30,6 +30,7 @@ Sum = Callable[[Array], Awaitable[Array]]
 WIDTH, HIDDEN, BLOCKS = 64, 512, 2
 _CLIENT_GONE = 499  # nginx' word for it; nobody reads it
 BATCH_MOST = 64  # requests that are computed together
+NICE = 10  # of all ranks but the first: where ranks are more than cores, the one that clients wait for comes first
 LARGEST = 1e6  # of the numbers in a request: those of no size would make answers that JSON has no words for
 EXERCISE_MOST = 1 << 30  # bytes
 QUIET_TURNS = 4  # of the loop, in which no request is queued, before a batch is taken: what a handler takes to read its request

@@ -32,7 +32,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 import numpy as np
-from _server_parts import Array, Block, Front, forward, memory, shard
+from _server_parts import NICE, Array, Block, Front, forward, memory, shard
 
 import rt
 
@@ -52,6 +52,7 @@ async def main() -> None:
     if group.rank() != 0:  # before rank 0 can serve: a terminal or launcher sends its signals to all ranks, and they are for rank 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        os.nice(NICE)
     try:
         processes = await rt.gather_objects(os.getpid())
         if group.rank() == 0:

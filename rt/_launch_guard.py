@@ -6,8 +6,8 @@ that ended well.
 
 The kernel kills a rank with its launcher (``PR_SET_PDEATHSIG``), but not the rank's children. The guard waits for the end of a pipe
 whose only writer is the launcher; the kernel closes it however the launcher dies. The guard has a session and a command line of its own, so
-that what kills the launcher by group or by name does not hit both. A process belongs to the job if it is in the session of a rank, or if
-its environment has the job's ``RT_JOB_ID``: that is how children are found that made a session of their own or lost their parent.
+that what kills the launcher by group or by name does not hit both. A process belongs to the job if it is in the group of a rank, or if
+its environment has the job's ``RT_JOB_ID``: that is how children are found that made a group or a session of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Collection
 from typing import BinaryIO
 
 PATIENCE = 5.0  # seconds for killed processes to go; one in uninterruptible sleep may stay longer
-_REUSED = 30.0  # seconds in which no number comes round again; until then what an ended rank left in its session is found by it
+_REUSED = 30.0  # seconds in which no number comes round again; until then what an ended rank left in its group is found by it
 _DONE = b"done\n"
 
 
@@ -102,10 +102,10 @@ def _has_members(group: int) -> bool:
 def _is_member(folder: str, ranks: Collection[int], mark: bytes) -> bool:
     try:
         with open(f"{folder}/stat", "rb") as file:
-            state, _, _, session, *_ = file.read().rpartition(b")")[2].split()
+            state, _, group, *_ = file.read().rpartition(b")")[2].split()
         if state in (b"Z", b"X"):
             return False
-        if int(session) in ranks:
+        if int(group) in ranks:
             return True
         with open(f"{folder}/environ", "rb") as file:
             return mark in file.read().split(b"\0")

@@ -6,6 +6,7 @@ May live here: environments and processes. May not: who a rank is (``_launch_pla
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import fcntl
@@ -161,15 +162,33 @@ def spawn(
             env=environment,
             cwd=cwd,
             pass_fds=inherited,
-            start_new_session=True,  # not only a group: a lone rank may read our terminal without being stopped by SIGTTIN
+            start_new_session=files is Files.TERMINAL,
+            process_group=None if files is Files.TERMINAL else 0,
             preexec_fn=prepare,
         )
 
     if files is Files.TERMINAL:
         return _on_a_terminal(start, tie)
+
+    def prepare() -> None:
+        _leave_terminal()
+        tie()
+
     output = None if files is Files.OURS else subprocess.PIPE
-    process = start(subprocess.PIPE if files is Files.PIPES else None, output, output, tie)
+    process = start(subprocess.PIPE if files is Files.PIPES else None, output, output, prepare)
     return Child(process, process.stdin, process.stdout, process.stderr)
+
+
+def _leave_terminal() -> None:
+    """Have no controlling terminal from now on, as a new session would: a lone rank may read ours without being stopped by SIGTTIN.
+
+    But not by a new session: Linux shares the processor between sessions first (sched_autogroup), so that a rank which yields would make room
+    for nobody, and where ranks are more than cores those that have work would get no more than those that wait.
+    """
+    with contextlib.suppress(OSError):  # there is none
+        terminal = os.open("/dev/tty", os.O_RDWR)
+        fcntl.ioctl(terminal, termios.TIOCNOTTY)
+        os.close(terminal)
 
 
 def _on_a_terminal(start: Callable[..., subprocess.Popen[bytes]], tie: Callable[[], None]) -> Child:

@@ -74,7 +74,7 @@ def test_a_second_sigint_kills(script: Path) -> None:
 CHILDREN = """
 import subprocess
 sleep = ["sleep", "1000"]
-ways = {}, {"process_group": 0, "env": {"PATH": os.environ["PATH"]}}, {"start_new_session": True}
+ways = {"env": {"PATH": os.environ["PATH"]}}, {"process_group": 0}, {"start_new_session": True}  # not both: such a one would escape
 same, own_group, own_session = (subprocess.Popen(sleep, **way).pid for way in ways)
 daemon = int(subprocess.check_output(["sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 & echo $!"]))
 print(os.getpid(), same, own_group, own_session, daemon)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -151,6 +152,30 @@ def test_control_c_on_a_terminal(script: Path) -> None:
         terminal.type("\x03")
         assert last_line(terminal.until("stopped by SIGINT\r\n")) == "rt.launch: stopped by SIGINT"
         assert terminal.process.wait(PATIENCE) == 130
+
+
+# What a process may do to a terminal that it reads: a rank that were stopped by SIGTTIN or SIGTTOU would never say so.
+ALONE = """
+import termios, tty
+print("session", os.getsid(0) == os.getsid(os.getppid()), "group", os.getpgrp() == os.getpid())
+try: os.open("/dev/tty", os.O_RDWR)
+except OSError: print("no controlling terminal")
+tty.setcbreak(0)
+print("ready")
+print("read", os.read(0, 1))
+"""
+
+
+@linux
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_share_our_session_and_are_not_stopped_by_its_terminal(size: int, script: Path) -> None:
+    """Linux shares the processor between sessions first, and only then between what runs in them."""
+    script.write_text(PREAMBLE + (ALONE if size == 1 else ALONE.replace("tty.setcbreak(0)\n", "")))
+    with Terminal(*launcher("-n", str(size), str(script))) as terminal:
+        shown = terminal.until("ready", size)
+        assert len(re.findall("session True group True", shown)) == len(re.findall("no controlling terminal", shown)) == size
+        terminal.type("x" if size == 1 else "x\n")
+        terminal.until("read b'x'", size)
 
 
 @linux
