@@ -103,8 +103,8 @@ class System:
                 stdout=theirs.fileno(),
                 stderr=self._log,
                 pass_fds=self._meeting.inherited[rank] if self._meeting.inherited else (),
-                # Ctrl-C is the conductor's to handle; a worker would answer it with a traceback. No session each: Linux shares the processor
-                # between sessions first, and the ranks of an mpirun have one together.
+                # Ctrl-C is the conductor's to handle; a worker would answer it with a traceback. No session each: Linux shares the
+                # processor between sessions first, and the ranks of an mpirun have one together.
                 process_group=0,
             )
         self._processes.append(process)

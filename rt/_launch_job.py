@@ -3,7 +3,7 @@
 May live here: the loop, signals, deadlines, and the verdict. May not: threads, the handling of text (``_forward``, ``_launch_input``), how
 a process is made (``_launch_ranks``), and anything that talks to a group: a rank finds its own way. Three rules:
 
-- **No orphans.** A rank leads its own process group, so that its children are ended with it, and a guard kills what is left should we be killed.
+- **No orphans.** A rank leads a process group, so that its children are ended with it, and a guard kills what is left should we be killed.
 - **Never block.** An output that nobody reads (a paused pager) holds back the ranks that write, but not signals and deadlines.
 - **The first to fail is named**, its exit code is ours, and the message is the last line.
 """

@@ -182,8 +182,8 @@ def spawn(
 def _leave_terminal() -> None:
     """Have no controlling terminal from now on, as a new session would: a lone rank may read ours without being stopped by SIGTTIN.
 
-    But not by a new session: Linux shares the processor between sessions first (sched_autogroup), so that a rank which yields would make room
-    for nobody, and where ranks are more than cores those that have work would get no more than those that wait.
+    But not by a new session: Linux shares the processor between sessions first (sched_autogroup), so that a rank which yields would make
+    room for nobody, and where ranks are more than cores those that have work would get no more than those that wait.
     """
     with contextlib.suppress(OSError):  # there is none
         terminal = os.open("/dev/tty", os.O_RDWR)
