@@ -247,7 +247,9 @@ def written(out: Any, shape: tuple[int, ...], dtype: Any, what: str, group: Core
         raise ValueError(f"{what}: out must have shape {shape} and dtype {dtype}, but has shape {items.shape} and dtype {items.dtype}")
     flags = items.flags
     if not (flags.c_contiguous and flags.aligned and flags.writeable):
-        raise ValueError(f"{what}: out must be C-contiguous, aligned and writeable")
+        has = {"C-contiguous": flags.c_contiguous, "aligned": flags.aligned, "writeable": flags.writeable}
+        lacks = [word for word, there in has.items() if not there]
+        raise ValueError(f"{what}: out must be C-contiguous, aligned and writeable, and is not {' and not '.join(lacks)}")
     torch = sys.modules.get("torch")
     if torch is not None and items is not out and isinstance(out, torch.Tensor) and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # so that autograd finds out if it had saved the old items

@@ -73,7 +73,7 @@ def code_of(dtype: npt.DTypeLike, what: str = "") -> DType:
             return DType.BFLOAT16
     where = f"{what}: " if what else ""
     if native in _BY_DTYPE:
-        raise TypeError(f"{where}arrays of dtype {found.str!r} have foreign byte order; convert with x.astype(x.dtype.newbyteorder('='))")
+        raise TypeError(f"{where}{found.name} in foreign byte order is not supported; convert with x.astype(x.dtype.newbyteorder('='))")
     known = ", ".join(code.name.lower() for code in DType)
     raise TypeError(f"{where}dtype {found.name!r} is not supported by collectives; supported: {known}")
 

@@ -16,7 +16,7 @@ from rt import _fastpath, arrays, collectives
 from rt.aio import BUDGET_BYTES, Work
 from rt.arrays import Array, Wrap
 from rt.dtypes import DType, Op, check_op, code_of
-from rt.group import Call, CoreGroup, hash64, known_as
+from rt.group import LIST_COUNT_BITS, LIST_COUNT_MOST, Call, CoreGroup, hash64, known_as
 from rt.schedule import Collective
 
 ALONE_BYTES = 64 * 1024  # an array of so many is not joined with others: copying it would cost about as much as a work
@@ -57,7 +57,7 @@ class Layout:
         names: what the arrays are called; the same on all ranks.
 
     Attributes:
-        tag: in the signature of all its works: a rank that passes another list is found out.
+        tag: in the signature of all its works, so that a rank which passes another list is found out: how many arrays, and a hash.
         codes: of the dtypes of the arrays.
     """
 
@@ -65,7 +65,8 @@ class Layout:
         self, what: str, forms: Sequence[Form], wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, names: str
     ) -> None:
         self.codes = {code_of(dtype, f"{what}: item {index}") for index, (dtype, _) in enumerate(forms)}
-        self.tag = hash64("list", *(f"{dtype.name}{shape}" for dtype, shape in forms), names)
+        hashed = hash64("list", *(f"{dtype.name}{shape}" for dtype, shape in forms), names) >> LIST_COUNT_BITS
+        self.tag = min(len(forms), LIST_COUNT_MOST) << (64 - LIST_COUNT_BITS) | hashed
         # Kept also where nothing is cast back: lists are told apart by the addresses of their dtypes.
         self.dtypes = [dtype for dtype, _ in forms]
         self.casts = wire is not None

@@ -399,6 +399,8 @@ class CoreGroup:
         return f"rank {self.rank}/{self.size}{where}: {about}: {text}"
 
 
+LIST_COUNT_BITS = 16  # of the tag of a list of arrays; the rest is a hash of what they are
+LIST_COUNT_MOST = (1 << LIST_COUNT_BITS) - 1
 WAITING_ALIKE = (  # what is said of two ranks that wait for each other in calls of the same words, by their role (_deadlock.pxi)
     ", and both send: let one of them receive first, or use sendrecv",
     ", and neither sends",
@@ -425,10 +427,16 @@ def explain_signature(signature: bytes, role: int | None = None) -> str:
         parts += [f"root {root}"] if kind in _ROOTED else []
         parts += [explain_counts(tag, size)] if kind in _COUNTED else []
         parts += [f"tag {tag - 2**64 if tag >= 2**63 else tag}"] if kind == Collective.SEND else []
-        parts += [f"of a list whose dtypes, shapes and names have the hash {tag:016x}"] if kind == Collective.ALL_REDUCE and tag else []
+        parts += [_explain_list(tag)] if kind == Collective.ALL_REDUCE and tag else []
     except ValueError:
         return "a call of another version of rt"
     return " ".join(parts)
+
+
+def _explain_list(tag: int) -> str:
+    count, hashed = divmod(tag, 1 << (64 - LIST_COUNT_BITS))
+    arrays = "1 array" if count == 1 else f"{count} arrays" if count < LIST_COUNT_MOST else f"{count} or more arrays"
+    return f"of a list of {arrays}, whose dtypes, shapes and names have the hash {hashed:012x}"
 
 
 def _explain_objects(kind: Collective, sequence: int, root: int, tag: int, role: int | None) -> str:

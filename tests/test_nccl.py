@@ -186,7 +186,7 @@ def test_what_nccl_cannot_do_says_what_to_do(front: str) -> None:
         assert texts[2] == "all_reduce: NCCL has no operator 'max' for complex64" + said
         assert texts[3] == "send: NCCL has no tags, found tag=3, expected 0 for an array on a device; or" + said[1:]
         assert texts[4] == "all_sum: x and out must both be arrays of CuPy, or both lie in host memory"
-        assert texts[5] == "all_sum: out must be C-contiguous, aligned and writeable"
+        assert texts[5] == "all_sum: out must be C-contiguous, aligned and writeable, and is not C-contiguous"
         assert texts[6] == "all_sum: stream must be a stream of CuPy (cupy.cuda.Stream), not int"
         assert texts[7].startswith(f"all_sum: the array is on device {1 - rank}, expected {rank}, the one of this rank; make arrays under")
 
