@@ -13,7 +13,6 @@ its environment has the job's ``RT_JOB_ID``: that is how children are found that
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import sys
@@ -22,7 +21,6 @@ from collections.abc import Collection
 from typing import BinaryIO
 
 PATIENCE = 5.0  # seconds for killed processes to go; one in uninterruptible sleep may stay longer
-_REUSED = 30.0  # seconds in which no number comes round again; until then what an ended rank left in its group is found by it
 _DONE = b"done\n"
 
 
@@ -50,7 +48,7 @@ class Guard:
         os.write(self._writer, b"+%d\n" % os.getpid())
 
     def forget(self, pid: int) -> None:
-        """Tell the guard that a rank's number may belong to a stranger from now on."""
+        """Tell the guard that a rank's group is empty: its number may belong to a stranger from now on."""
         os.write(self._writer, b"-%d\n" % pid)
 
     def end(self, *, sweep: bool) -> None:
@@ -68,14 +66,12 @@ class Guard:
 
 def guard(commands: BinaryIO, job: str) -> None:
     """Be the guard: note the ranks that come and go, and when the launcher has gone without a word, kill what is left."""
-    ranks: dict[int, float] = {}  # until when a number is a rank's: the kernel gives it to nobody else for some time after
+    ranks: set[int] = set()
     for line in commands:
         if line == _DONE:
             return
-        ranks[int(line[1:])] = math.inf if line.startswith(b"+") else time.monotonic() + _REUSED
-    now = time.monotonic()
-    deadline = now + PATIENCE
-    ranks = {rank: until for rank, until in ranks.items() if until > now}
+        (ranks.add if line.startswith(b"+") else ranks.discard)(int(line[1:]))
+    deadline = time.monotonic() + PATIENCE
     while (found := members(ranks, job)) and time.monotonic() < deadline:
         for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -334,7 +334,10 @@ class Job:
         by_pid = {rank.pid: rank for rank in self._ranks if isinstance(rank, LocalRank)}
         while (found := wait_for_any()) is not None:
             pid, status = found
-            if pid in by_pid:  # else a connection, the guard, or an orphan of a rank, which came to us because we are its subreaper
+            if os.WIFSTOPPED(status):
+                if pid in by_pid:
+                    by_pid[pid].stopped(status, on_terminal=self._files() is Files.OURS and os.isatty(0))
+            elif pid in by_pid:  # else a connection, the guard, or an orphan of a rank, which came to us because we are its subreaper
                 by_pid[pid].ended(status)
                 ended.append(by_pid[pid])
             elif self._hosts is not None:

@@ -95,6 +95,17 @@ class LocalRank(Rank):
         """Note what ``wait_for_any`` found: one waitpid for all, so Popen never asks."""
         self.code = self.process.returncode = os.waitstatus_to_exitcode(status)
 
+    def stopped(self, status: int, *, on_terminal: bool = False) -> None:
+        """Continue a rank that ``wait_for_any`` found stopped, as nobody else would: it is ourselves that a shell can continue.
+
+        So it is with Ctrl-Z in an editor, say; if it has our terminal, we stop first, and the shell has it meanwhile. Who sends SIGSTOP
+        means it and will send SIGCONT.
+        """
+        if os.WSTOPSIG(status) != signal.SIGSTOP:
+            if on_terminal:
+                os.kill(0, signal.SIGTSTP)  # ignored by the kernel where no shell could continue us
+            self.signal(signal.SIGCONT)
+
     def signal(self, number: int) -> None:
         if self.gone:
             return
@@ -185,10 +196,12 @@ def _leave_terminal() -> None:
     But not by a new session: Linux shares the processor between sessions first (sched_autogroup), so that a rank which yields would make
     room for nobody, and where ranks are more than cores those that have work would get no more than those that wait.
     """
-    with contextlib.suppress(OSError):  # there is none
-        terminal = os.open("/dev/tty", os.O_RDWR)
-        fcntl.ioctl(terminal, termios.TIOCNOTTY)
-        os.close(terminal)
+    fds = [0, 1, 2]  # a chroot may have no /dev/tty, and who passes us no terminal may still have one
+    with contextlib.suppress(OSError):
+        fds.append(os.open("/dev/tty", os.O_RDWR))  # exec closes it
+    for fd in fds:
+        with contextlib.suppress(OSError):  # it is no terminal, or has been left
+            fcntl.ioctl(fd, termios.TIOCNOTTY)
 
 
 def _on_a_terminal(start: Callable[..., subprocess.Popen[bytes]], tie: Callable[[], None]) -> Child:
@@ -236,9 +249,9 @@ def tie_to_this_process(guard: Guard) -> Callable[[], None]:
 
 
 def wait_for_any() -> tuple[int, int] | None:
-    """Return (pid, status) of some child that has ended, None if none has."""
+    """Return (pid, status) of some child that has ended or stopped, None if none has."""
     try:
-        pid, status = os.waitpid(-1, os.WNOHANG)
+        pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
     except ChildProcessError:
         return None
     return (pid, status) if pid else None

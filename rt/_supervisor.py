@@ -298,7 +298,10 @@ class Supervisor:
         by_pid = {rank.pid: rank for rank in self._ranks.values()}
         while (found := wait_for_any()) is not None:
             pid, status = found
-            if pid in by_pid:  # else the guard, or an orphan of a rank, which came to us because we are its subreaper
+            if os.WIFSTOPPED(status):
+                if pid in by_pid:
+                    by_pid[pid].stopped(status)
+            elif pid in by_pid:  # else the guard, or an orphan of a rank, which came to us because we are its subreaper
                 by_pid[pid].ended(status)
                 ended.append(by_pid[pid])
         for rank in ended:

@@ -365,7 +365,7 @@ def complete(calls: type) -> None:
 
 complete(Api)
 for _name in _SAID:  # what Python calls a function in its TypeErrors: users call none of Api's
-    vars(Api)[_name].__qualname__ = _name
+    vars(Api)[_name].__module__, vars(Api)[_name].__qualname__ = "rt", _name
 
 
 def check_common(what: str, timeout: float | None, key: Any) -> None:

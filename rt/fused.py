@@ -55,6 +55,7 @@ class Layout:
         bucket_bytes: 0 or less: every array alone.
         alone_bytes: arrays of at least so many are never joined; None: all may be.
         names: what the arrays are called; the same on all ranks.
+        count: of the caller's arrays; a list of nothing travels as one array.
 
     Attributes:
         tag: in the signature of all its works, so that a rank which passes another list is found out: how many arrays, and a hash.
@@ -62,11 +63,12 @@ class Layout:
     """
 
     def __init__(
-        self, what: str, forms: Sequence[Form], wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, names: str
-    ) -> None:
+        self, what: str, forms: Sequence[Form], wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, names: str,
+        count: int,
+    ) -> None:  # fmt: skip
         self.codes = {code_of(dtype, f"{what}: item {index}") for index, (dtype, _) in enumerate(forms)}
         hashed = hash64("list", *(f"{dtype.name}{shape}" for dtype, shape in forms), names) >> LIST_COUNT_BITS
-        self.tag = min(len(forms), LIST_COUNT_MOST) << (64 - LIST_COUNT_BITS) | hashed
+        self.tag = min(count, LIST_COUNT_MOST) << (64 - LIST_COUNT_BITS) | hashed
         # Kept also where nothing is cast back: lists are told apart by the addresses of their dtypes.
         self.dtypes = [dtype for dtype, _ in forms]
         self.casts = wire is not None
@@ -117,10 +119,11 @@ def layout_of(
     what: str, given: Views, wire: np.dtype[Any] | None, bucket_bytes: int, alone_bytes: int | None, names: str = ""
 ) -> Layout:
     """Return the layout of such a list, made once."""
-    key = (given.form, wire, bucket_bytes, alone_bytes, names)
+    count = 0 if given is _NOTHING else len(given.items)
+    key = (given.form, wire, bucket_bytes, alone_bytes, names, count)
     found = _layouts.get(key)
     if found is None:
-        found = Layout(what, [(each.dtype, each.shape) for each in given.items], wire, bucket_bytes, alone_bytes, names)
+        found = Layout(what, [(each.dtype, each.shape) for each in given.items], wire, bucket_bytes, alone_bytes, names, count)
         if len(_layouts) >= _LAYOUTS_MOST:
             _layouts.clear()
         _layouts[key] = found

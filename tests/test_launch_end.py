@@ -7,6 +7,7 @@ never import ``rt``, so that a failure is the launcher's own.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import select
@@ -29,7 +30,7 @@ from launching import (
     wait_for_death,
 )
 
-from rt._launch_guard import members
+from rt._launch_guard import guard, members
 from rt._launch_job import Job
 from rt._launch_options import parse
 
@@ -164,6 +165,14 @@ def test_waiting_costs_nothing(script: Path) -> None:
         before = used()
         time.sleep(2)
         assert used() - before < 0.005 * 2e9
+
+
+def test_a_guard_leaves_alone_who_has_the_number_of_a_rank_that_is_gone() -> None:
+    with subprocess.Popen(["sleep", "1000"], process_group=0) as stranger:
+        guard(io.BytesIO(b"+%d\n-%d\n" % (stranger.pid, stranger.pid)), "job")
+        assert stranger.poll() is None
+        guard(io.BytesIO(b"+%d\n" % stranger.pid), "job")
+        assert stranger.wait(PATIENCE) == -signal.SIGKILL
 
 
 def test_without_proc_a_guard_finds_the_groups_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,29 @@ def test_ranks_share_our_session_and_are_not_stopped_by_its_terminal(size: int, 
         terminal.until("read b'x'", size)
 
 
+SUSPENDED = "print('ready')\nos.kill(0, signal.SIGTSTP)\nprint('went on')\n"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_rank_that_suspends_itself_goes_on(size: int, script: Path) -> None:
+    """Nobody else would continue it, as a shell knows only the launcher."""
+    script.write_text(PREAMBLE + SUSPENDED)
+    done = launch("-n", str(size), str(script))
+    assert (done.returncode, done.stdout.count("went on")) == (0, size)
+
+
+def test_a_lone_rank_that_suspends_itself_suspends_the_launcher(script: Path) -> None:
+    """As Ctrl-Z in an editor does: the shell has the terminal until it is told ``fg``."""
+    script.write_text(PREAMBLE + SUSPENDED + "print('read', input())\n")
+    shell = 'set -m; "$@"; echo code $?; read word; echo shell read $word; fg; echo code $?'
+    with Terminal("bash", "-c", shell, "bash", *launcher("-n", "1", str(script))) as terminal:
+        terminal.until(r"code 148\r\n")
+        terminal.type("mine\n")
+        terminal.until(r"shell read mine\r\n(.|\n)*went on\r\n")
+        terminal.type("its\n")
+        terminal.until(r"read its\r\n(.|\n)*code 0\r\n")
+
+
 @linux
 def test_in_the_background_the_terminal_is_not_ours(script: Path, tmp_path: Path) -> None:
     """The launcher neither stops (as whoever reads the terminal from the background does) nor takes what is typed for others."""
