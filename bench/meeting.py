@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rt._launch_mpi import EXCHANGE_HALVES, FEW
+
 ROOT = Path(__file__).resolve().parent.parent
 _LOOPBACK = "127.0.0.1"
 _LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
@@ -190,7 +192,8 @@ def _meet_mpi(name: str, size: int, folder: Path, *, ours: bool) -> Meeting:
     environ = {**({**OURS, "RT_BACKEND": "mpi"} if ours else _bench_alone(folder)), "MPI4PY_LIBMPI": str(prefix / "lib" / mpi.library)}
     if mpi.prefix_in is not None:
         environ[mpi.prefix_in] = str(prefix)
-    command = (str(prefix / "bin" / mpi.starter), *mpi.options, "-n", str(size))
+    halves = EXCHANGE_HALVES if name == "openmpi" and size in FEW else ()  # as `rt.launch --backend mpi` does
+    command = (str(prefix / "bin" / mpi.starter), *mpi.options, *halves, "-n", str(size))
     python = sys.executable if ours else peers_python()
     return Meeting(python, environ, [{} for _ in range(size)], launcher=Launcher(command, mpi.rank_in, folder))
 

@@ -24,6 +24,11 @@ _OF_MLX = "MLX_MPI_LIBNAME"
 _HERE = Found([], "", 0)  # nobody needs to be asked
 # By default every host starts those on the next ones where there are many (above 64 in Open MPI 5): each would have to reach each by ssh.
 _ONE_STARTS_ALL = {"4": "OMPI_MCA_plm_rsh_no_tree_spawn", "5": "PRTE_MCA_plm_ssh_no_tree_spawn"}
+_HALVES = "coll_libnbc_iallreduce_algorithm"
+# Open MPI 5's Iallreduce, which awaited calls are, by itself sends all to rank 0 and back where ranks are fewer than four. Of algorithms
+# number 3, Rabenseifner's, exchanges halves; with more ranks it goes round a ring where a rank has less than an item.
+EXCHANGE_HALVES = ("--mca", _HALVES, "3")
+FEW = (2, 3)
 
 
 def start(options: Options) -> int:
@@ -86,6 +91,8 @@ def command(options: Options, launcher: Launcher, found: Found) -> list[str]:
         words += ["--timeout", str(int(options.timeout))] if options.timeout is not None else []
         if options.remote:
             words += ["--host", hosts, *(word for name in told for word in ("-x", name))]
+        if options.size in FEW and launcher.version.startswith("5") and not _chosen(options):
+            words += EXCHANGE_HALVES
         if (options.remote or options.size > (os.cpu_count() or 1)) and "--map-by" not in options.mpi_args:
             words += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     elif options.remote:
@@ -93,6 +100,11 @@ def command(options: Options, launcher: Launcher, found: Found) -> list[str]:
         if found.address and not {"-localhost", "-iface"} & set(options.mpi_args):  # else they would look for us by our hostname
             words += ["-localhost", found.address]
     return [*words, *options.mpi_args, *program(options)]
+
+
+def _chosen(options: Options) -> bool:
+    """Say whether the user has told Open MPI by which algorithm to reduce."""
+    return _HALVES in options.mpi_args or f"OMPI_MCA_{_HALVES}" in {**os.environ, **options.environment}
 
 
 def variables(options: Options, launcher: Launcher, found: Found, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 from ranks import Outcome, Ranks, bare_environment, changed, live, succeeded
 
+from rt._launch_mpi import EXCHANGE_HALVES, FEW
+
 PREFIX = Path(sys.prefix)
 _PATIENCE = 30.0  # until all ranks have called back
 
@@ -38,7 +40,8 @@ class Library:
 
     def command(self, n: int) -> list[str]:
         """Return the words before the interpreter."""
-        return [str(PREFIX / "bin" / self.launcher), *self.options, "-n", str(n)]
+        halves = EXCHANGE_HALVES if self.rank_in.startswith("OMPI") and n in FEW else ()  # as `rt.launch --backend mpi` does
+        return [str(PREFIX / "bin" / self.launcher), *self.options, *halves, "-n", str(n)]
 
 
 LIBRARIES = {

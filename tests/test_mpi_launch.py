@@ -95,6 +95,24 @@ def test_words_for_mpirun_and_variables_arrive(library: str) -> None:
     assert ("--allow-run-as-root" in line) == (library == "openmpi" and os.geteuid() == 0)
 
 
+@libraries
+def test_open_mpi_is_told_to_exchange_halves_between_few_ranks_and_unless_the_user_says_how(library: str) -> None:
+    name = {"mpich": "libmpi.so.12", "openmpi": "libmpi.so.40"}[library]
+    algorithm = "coll_libnbc_iallreduce_algorithm"
+
+    def shown(ranks: int, *words: str, **environ: str) -> str:
+        known = ["--env", f"MLX_MPI_LIBNAME={name}", "--python", sys.executable, "--dry-run", *words]
+        done = launched([LAUNCH, "--backend", "mpi", "-n", str(ranks), *known, __file__], **environ)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    halves = f" --mca {algorithm} 3 "
+    assert [ranks for ranks in (1, 2, 3, 4) if halves in shown(ranks)] == ([2, 3] if library == "openmpi" else [])
+    assert halves not in shown(2, "--mpi-arg", f"--mca {algorithm} 4")
+    assert halves not in shown(2, "--env", f"OMPI_MCA_{algorithm}=2")
+    assert halves not in shown(2, **{f"OMPI_MCA_{algorithm}": "2"})
+
+
 OF_MLX = "MLX_MPI_LIBNAME"
 WITH_MLX = """
 import sys
