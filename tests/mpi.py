@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import select
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -26,7 +28,7 @@ from ranks import Outcome, Ranks, bare_environment, changed, live, succeeded
 from rt._launch_mpi import EXCHANGE_HALVES, FEW
 
 PREFIX = Path(sys.prefix)
-_PATIENCE = 30.0  # until all ranks have called back
+_PATIENCE = 30.0  # until the next rank has called back
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,20 @@ class MpiRanks(Ranks):
 
     def __init__(self, n: int, body: Callable[..., Any], *, library: str, **how: Any) -> None:
         self._library = LIBRARIES[library]
+        self._folder = tempfile.TemporaryDirectory()
         super().__init__(n, body, **how)
 
     def _begin(self, n: int, env: dict[str, str | None], job: Any) -> None:
         here = os.path.dirname(os.path.abspath(__file__))
         files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         self._files.append(files)
-        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
-            path = os.path.join(folder, "s")
+        with socket.socket(socket.AF_UNIX) as listener:
+            path = os.path.join(self._folder.name, "s")
             listener.bind(path)
             listener.listen(n)
-            listener.settimeout(_PATIENCE)
             program = f"import sys; sys.path.insert(0, {here!r}); import mpi; mpi.rank({path!r}, {self._library.rank_in!r})"
-            extra = {"RT_BACKEND": "mpi", **self._library.environ, **env}
+            # Open MPI's launcher names a folder by its process ID, and cannot start where one that was killed has left the same.
+            extra = {"RT_BACKEND": "mpi", "PRTE_MCA_prte_tmpdir_base": self._folder.name, **self._library.environ, **env}
             process = subprocess.Popen(
                 [*self._library.command(n), self._python, "-X", "faulthandler", "-W", "error", "-c", program],
                 env=changed(bare_environment(), extra), stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], start_new_session=True,
@@ -96,10 +99,13 @@ class MpiRanks(Ranks):
             connection.send(job)
 
     def _called_back(self, listener: socket.socket) -> tuple[int, Connection]:
-        try:
-            connection = Connection(listener.accept()[0].detach())
-        except TimeoutError:
-            raise AssertionError(f"not all ranks called back within {_PATIENCE} s\n{self._autopsy()}") from None
+        until = time.monotonic() + _PATIENCE
+        while not select.select([listener], [], [], 0.05)[0]:
+            if self.processes[0].poll() is not None:
+                raise AssertionError(f"the launcher ended before all ranks had called back\n{self._autopsy()}")
+            if time.monotonic() > until:
+                raise AssertionError(f"not all ranks called back within {_PATIENCE} s\n{self._autopsy()}")
+        connection = Connection(listener.accept()[0].detach())
         return connection.recv(), connection
 
     def _collect(self) -> None:
@@ -117,6 +123,7 @@ class MpiRanks(Ranks):
             except subprocess.TimeoutExpired:
                 pass
         super()._kill()
+        self._folder.cleanup()
 
 
 def rank(path: str, rank_in: str) -> None:

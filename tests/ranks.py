@@ -178,7 +178,7 @@ class Ranks:
 
     def _listen(self, seconds: float) -> None:
         """Hear what ranks have to say; the end of a process is looked for by ``wait``, as a forked child may keep a connection open."""
-        open_ones = {self._connections[rank]: rank for rank, ended in enumerate(self._ended) if not ended}
+        open_ones = {connection: rank for rank, connection in enumerate(self._connections) if not self._ended[rank]}
         if not open_ones:
             time.sleep(seconds)
         while ready := wait(list(open_ones), seconds):
