@@ -280,7 +280,10 @@ cdef class Calls:
         return self.receive(self.place_of(call, <PyObject *>dtype, ndim, dims, APART), out, "recv", budget)
 
     def sendrecv(self, int sends, int receives, x, dst, src, out, tag, Py_ssize_t budget):
-        """As ``send`` and ``recv_like`` of ``out``, else of x; returns both works, or None: neither has begun."""
+        """As ``recv_like`` of ``out``, else of x, and ``send``; returns the sending and the receiving work, or None: neither has begun.
+
+        The receive begins first: the peer may send its message only once it knows of that, and would hear of it behind ours.
+        """
         cdef uint64_t call = known_message(sends, dst, tag), other = known_message(receives, src, tag)
         cdef Known *sent
         cdef Known *received
@@ -293,11 +296,11 @@ cdef class Calls:
         sent, received = self.place(call, <cnp.ndarray>x, APART), self.place(other, <cnp.ndarray>like, APART)
         if sent.call == 0 or not takes(received, out):
             return None
-        copied = received[0]                # the first work may have the table changed
+        copied = sent[0]                    # the first work may have the table changed
         program, signature, about, dtype = <object>copied.program, <object>copied.signature, <object>copied.about, <object>copied.dtype
-        first = self.begin_known(sent, x, NOWHERE, "sendrecv", budget)
+        first = self.begin_known(received, None, out, "sendrecv", budget)
         try:
-            return first, self.begin_known(&copied, None, out, "sendrecv", budget)
+            return self.begin_known(&copied, x, NOWHERE, "sendrecv", budget), first
         except BaseException:
             first.give_back()
             raise

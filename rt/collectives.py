@@ -265,12 +265,13 @@ def sendrecv(group: CoreGroup, x: Any, dst: int, src: int, out: Any, tag: int) -
     if np.may_share_memory(array, target):  # two works know nothing of each other's memory
         array, sent.borrows_source = arrays.copy(array), False
     work.result = target
-    call = Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=to, tag=number)
-    group.submit("sendrecv", call, array, None, sent)
-    _remember_message(group, call, array if array is x else None)
+    # The receive first: the peer may send its message only once it knows of that, and would hear of it behind ours.
     call = Call(Collective.RECV, arrives, Op.SUM, target.shape, target.size, root=origin, tag=number)
     group.submit("sendrecv", call, None, target, work)
     _remember_message(group, call, target)
+    call = Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=to, tag=number)
+    group.submit("sendrecv", call, array, None, sent)
+    _remember_message(group, call, array if array is x else None)
     return _both(sent, work)
 
 

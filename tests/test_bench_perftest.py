@@ -59,9 +59,9 @@ def test_bandwidths_and_latencies_are_held_against_their_own_kind(stand_in: Path
     assert found[2]["ours"] == pytest.approx((1 << 20) / 0.02 / 1e6) and found[2]["theirs"] == pytest.approx(50.0)
     assert found[2]["ratio"] == pytest.approx(52.4288 / 50)
     asked = (stand_in / "asked").read_text().splitlines()
-    assert sum("ib_write_bw" in line for line in asked) == 2  # one server, one client, for both front ends
+    assert sum("ib_write_bw" in line for line in asked) == 6  # three times a server and a client, for both front ends
     assert all("-d rxe0 -i 1 " in line and " -x 1" in line for line in asked)
-    assert [" -e" in line for line in asked if "ib_send_lat" in line] == [True, True]
+    assert [" -e" in line for line in asked if "ib_send_lat" in line] == [True] * 6
     assert perftest.text(found).count("\n") == 5
 
 

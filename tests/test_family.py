@@ -16,6 +16,7 @@ import pytest
 from ranks import FRONTS, results
 from test_collectives import Array, reduced, same, sample
 
+from rt import _fastpath
 from rt.dtypes import INEXACT, DType, Op, numpy_dtype, op_supported
 from rt.errors import CollectiveTimeoutError, GroupBrokenError
 
@@ -417,3 +418,23 @@ async def late(rt: Any, group: Any, ctl: Any) -> None:
 @fronts
 def test_a_late_sendrecv(front: str) -> None:
     results(2, late, front=front)
+
+
+async def receives_first(rt: Any, group: Any, ctl: Any) -> None:
+    """The peer hears that it may send before our own message keeps the link busy."""
+    x, out = np.ones(1 << 20), np.empty(1 << 20)
+    for how in ("made", "known"):
+        if group.rank() == 0:
+            work = rt.sendrecv(x, 1, 1, out=out)
+            flying = _fastpath.works_of(group._core.world.engine)
+            assert [each.result is out for each in flying] == [True, False], how
+            await rt.barrier()
+            await work
+        else:
+            await rt.barrier()
+            await rt.sendrecv(x, 0, 0)
+
+
+@pytest.mark.parametrize("front", FRONTS[1:])
+def test_a_sendrecv_receives_first(front: str) -> None:
+    results(2, receives_first, front=front)
