@@ -270,7 +270,11 @@ def sendrecv(group: CoreGroup, x: Any, dst: int, src: int, out: Any, tag: int) -
     group.submit("sendrecv", call, None, target, work)
     _remember_message(group, call, target)
     call = Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=to, tag=number)
-    group.submit("sendrecv", call, array, None, sent)
+    try:
+        group.submit("sendrecv", call, array, None, sent)
+    except BaseException:  # Ctrl-C: nobody will wait for what arrives
+        work.give_back()
+        raise
     _remember_message(group, call, array if array is x else None)
     return _both(sent, work)
 

@@ -19,6 +19,7 @@ from test_collectives import Array, reduced, same, sample
 from rt import _fastpath
 from rt.dtypes import INEXACT, DType, Op, numpy_dtype, op_supported
 from rt.errors import CollectiveTimeoutError, GroupBrokenError
+from rt.schedule import Collective
 
 fronts = pytest.mark.parametrize("front", FRONTS)
 CASES = [(dtype, op) for dtype in DType for op in Op if op_supported(dtype, op)]
@@ -438,3 +439,32 @@ async def receives_first(rt: Any, group: Any, ctl: Any) -> None:
 @pytest.mark.parametrize("front", FRONTS[1:])
 def test_a_sendrecv_receives_first(front: str) -> None:
     results(2, receives_first, front=front)
+
+
+async def interrupted(rt: Any, group: Any, ctl: Any) -> None:
+    """Ctrl-C between the two halves: ``out`` is the caller's again, although something is on its way there."""
+    x, out, other = np.ones(1 << 20), np.zeros(1 << 20), 1 - group.rank()
+    if group.rank() == 0:
+        core, submit = group._core, type(group._core).submit
+
+        def interrupting(what: str, call: Any, *rest: Any) -> None:
+            submit(core, what, call, *rest)
+            if call.kind == Collective.SEND:
+                raise KeyboardInterrupt
+
+        core.submit = interrupting
+        with pytest.raises(KeyboardInterrupt):
+            await rt.sendrecv(x, other, other, out=out)
+        del core.submit
+        out[:] = -1
+        await rt.barrier()
+    else:
+        await rt.barrier()
+        same(await rt.sendrecv(x, other, other), x)
+    same(await rt.all_sum(1), np.asarray(2))  # behind the message
+    assert group.rank() == 1 or (out == -1).all()
+
+
+@pytest.mark.parametrize("front", FRONTS[1:])
+def test_an_interrupted_sendrecv_gives_memory_back(front: str) -> None:
+    results(2, interrupted, front=front)
