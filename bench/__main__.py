@@ -211,23 +211,23 @@ def _tune(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
     return text, content, int(any(sum(each.wrong) for each in found))
 
 
-def _measured(arguments: argparse.Namespace) -> measure.Result | None:
-    """Measure a collective in the job we are in, or on ranks of our own; None: another rank of the job tells."""
+def _measured(arguments: argparse.Namespace) -> list[measure.Result] | None:
+    """Measure a collective in the job we are in, or on ranks of our own; one result per dtype and operator. None: another rank tells."""
     import rt
 
     needs = COLLECTIVES[arguments.command].needs
     if not hasattr(rt, needs):
         raise BenchError(f"this version of rt has no {needs}")
     group = job.join()
-    wanted = options.options(arguments, group and group.size())
+    wanted = options.each(arguments, group and group.size())
     _check_files(arguments, group)
     if group is not None:
-        result = job.run(wanted, group)
-        return result if group.rank() == 0 else None
-    require(wanted.peers)  # now, not after our own groups were started
-    if wanted.backend == "jaccl":
+        results = job.run_each(wanted, group)
+        return results if group.rank() == 0 else None
+    require(wanted[0].peers)  # now, not after our own groups were started
+    if wanted[0].backend == "jaccl":
         perftest.require()
-    return local.run(wanted)
+    return local.run_each(wanted)
 
 
 def _run_collective(arguments: argparse.Namespace) -> tuple[str, Any, int] | None:
@@ -236,18 +236,18 @@ def _run_collective(arguments: argparse.Namespace) -> tuple[str, Any, int] | Non
 
         plot.check(arguments.plot)
     started = datetime.now()
-    result = _measured(arguments)
-    if result is None:
+    results = _measured(arguments)
+    if results is None:
         return None
     if arguments.plot:
-        plot.draw(result, Path(arguments.plot))
+        plot.draw(results[0], Path(arguments.plot))
     target = arguments.json if arguments.json != "-" else None
-    text = report.text(result, arguments.format, stats=arguments.stats, target=target)
-    content = report.as_json(result, started, stats=arguments.stats)
-    if result.options.backend == "jaccl":
-        content["perftest"] = perftest.rows(result)
+    text = report.text(results, arguments.format, stats=arguments.stats, target=target)
+    content = report.as_json(results, started, stats=arguments.stats)
+    if arguments.backend == "jaccl":
+        content["perftest"] = perftest.rows(results[0])
         text += "\n" + perftest.text(content["perftest"])
-    return text, content, 1 if result.wrong else 0
+    return text, content, int(any(result.wrong for result in results))
 
 
 def _run_simulate(arguments: argparse.Namespace) -> tuple[str, Any, int]:

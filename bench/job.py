@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,10 +49,11 @@ def _refuse_half_a_job() -> None:
                 raise BenchError(f"{number}: found {found}, but no RT_COORDINATOR=host:port beside it, where rank 0 listens")
 
 
-def run(options: measure.Options, group: Any) -> measure.Result:
-    """Measure as a rank of the group; every rank returns the same."""
+def run_each(wanted: Sequence[measure.Options], group: Any) -> list[measure.Result]:
+    """Measure as a rank of the group, the same systems each time; every rank returns the same."""
     with contextlib.ExitStack() as stack:
-        return measure.run(options, [stack.enter_context(contextlib.closing(Member(name, group))) for name in options.systems])
+        systems = [stack.enter_context(contextlib.closing(Member(name, group))) for name in wanted[0].systems]
+        return [measure.run(each, systems) for each in wanted]
 
 
 class Member:

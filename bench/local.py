@@ -6,6 +6,7 @@ May live here: starting every system that is compared. May not: how (``conductor
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 from bench import measure
 from bench.adapters import ADAPTERS
@@ -18,9 +19,15 @@ def run(options: measure.Options) -> measure.Result:
     Raises:
         BenchError: a system could not be started or broke.
     """
+    return run_each([options])[0]
+
+
+def run_each(wanted: Sequence[measure.Options]) -> list[measure.Result]:
+    """As ``run``, for several measurements of the same systems, which are started once."""
+    options = wanted[0]
     with contextlib.ExitStack() as stack:
         systems = []
         for name in options.systems:
             measure.progress(f"starting {options.size} ranks of {name}")
             systems.append(stack.enter_context(running(name, ADAPTERS[name].meeting or ADAPTERS[name].kind, options.size, [*RANK, name])))
-        return measure.run(options, systems)
+        return [measure.run(each, systems) for each in wanted]

@@ -220,7 +220,7 @@ def run(options: Options, systems: Sequence[Ranks]) -> Result:
     """
     rows: dict[str, list[Row]] = {system.name: [] for system in systems}
     for count in options.counts:
-        progress(f"measuring {options.nbytes(count)} bytes")
+        progress(f"measuring {options.nbytes(count)} bytes of {options.dtype}" if options.collective.moves else "measuring")
         for row, system in zip(measure_count(systems, count, options), systems, strict=True):
             rows[system.name].append(row)
     progress("")

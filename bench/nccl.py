@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import metadata
 from typing import Any
@@ -28,10 +29,10 @@ def bandwidths(result: Result, count: int, seconds: float) -> tuple[float, float
     return algorithm, algorithm * result.options.collective.factor(result.options.size)
 
 
-def average_busbw(result: Result) -> float:
-    """Return the mean bus bandwidth over sizes and places."""
-    values = [bandwidths(result, row.count, row.cells[place].seconds)[1] for row in rows(result) for place in _PLACES if place in row.cells]
-    return sum(values) / len(values)
+def average_busbw(results: Sequence[Result]) -> float:
+    """Return the mean bus bandwidth over everything in the table."""
+    cells = [(result, row.count, row.cells[place]) for result in results for row in rows(result) for place in _PLACES if place in row.cells]
+    return sum(bandwidths(result, count, cell.seconds)[1] for result, count, cell in cells) / len(cells)
 
 
 def rows(result: Result) -> list[Row]:
@@ -53,9 +54,13 @@ def number(value: float, width: int) -> str:
 # -- text
 
 
-def text(result: Result, notes: list[str], *, stats: bool, target: str | None) -> list[str]:
-    """Return the lines of nccl-tests; ``notes`` are comments to put into the header, ``target`` a JSON file that is written besides."""
-    program, count = result.options.collective.program, wrong(result)
+def text(results: Sequence[Result], notes: list[str], *, stats: bool, target: str | None) -> list[str]:
+    """Return the lines of nccl-tests, with the rows of all results.
+
+    They differ in dtype and operator alone. ``notes`` are comments to put into the header, ``target`` a JSON file that is written besides.
+    """
+    result, count = results[0], sum(map(wrong, results))
+    program = result.options.collective.program
     return [
         *([f"# Writing JSON output to {target}"] if target else []),
         f"# rt.bench version {version()}, in the form of nccl-tests",
@@ -68,9 +73,9 @@ def text(result: Result, notes: list[str], *, stats: bool, target: str | None) -
         *(_device_line(device) for device in devices(result)),
         "#",
         *(_titles_with_stats() if stats else _titles()),
-        *(_line(result, row, stats) for row in rows(result)),
+        *(_line(each, row, stats) for each in results for row in rows(each)),
         f"# {'Out of bounds values':<20} : {count} {'FAILED' if count else 'OK'}",
-        f"# {'Avg bus bandwidth':<20} : {average_busbw(result):g} ",
+        f"# {'Avg bus bandwidth':<20} : {average_busbw(results):g} ",
         "#",
         f"# Collective test concluded: {program}",
         "#",
@@ -135,16 +140,20 @@ def _titles_with_stats() -> list[str]:
 
 
 def _line(result: Result, row: Row, stats: bool) -> str:
-    kind, redop, root = _columns(result)
-    start = f"{result.options.nbytes(row.count):>12}  {row.count:>12}  {kind:>8}  {redop:>6}  {root:>6}"
+    kind, operator, root = _columns(result)
+    start = f"{result.options.nbytes(row.count):>12}  {row.count:>12}  {kind:>8}  {operator:>6}  {root:>6}"
     return start + "".join(_half(result, row.count, row.cells.get(place), stats) for place in _PLACES)
 
 
 def _columns(result: Result) -> tuple[str, str, str]:
     """Return type, operator and root as every row shows them."""
     options = result.options
-    redop = options.op if options.collective.reduces else "none"
-    return options.dtype, redop, f"{options.root if options.collective.rooted else -1:6}"
+    return options.dtype, redop(result), f"{options.root if options.collective.rooted else -1:6}"
+
+
+def redop(result: Result) -> str:
+    """Return the operator as nccl-tests calls it, "none" where nothing is reduced."""
+    return result.options.op if result.options.collective.reduces else "none"
 
 
 def _half(result: Result, count: int, cell: Cell | None, stats: bool) -> str:
@@ -162,9 +171,9 @@ def _half(result: Result, count: int, cell: Cell | None, stats: bool) -> str:
 # -- JSON
 
 
-def as_json(result: Result, started: datetime, *, stats: bool) -> dict[str, Any]:
+def as_json(results: Sequence[Result], started: datetime, *, stats: bool) -> dict[str, Any]:
     """Return nccl-tests' document, with its types: roots and truth values are strings there."""
-    options, count = result.options, wrong(result)
+    options, count = results[0].options, sum(map(wrong, results))
     step = {"step_factor": options.factor} if options.step_bytes is None else {"step_bytes": options.step_bytes}
     return {
         "version": 3,
@@ -187,11 +196,11 @@ def as_json(result: Result, started: datetime, *, stats: bool) -> dict[str, Any]
             "per_iter_timing": _truth(stats),
             "per_iter_skip": 0,
             "parallel_init": "false",
-            "devices": devices(result),
+            "devices": devices(results[0]),
         },
-        "results": [result_json(result, row, stats=stats) for row in rows(result)],
+        "results": [result_json(result, row, stats=stats) for result in results for row in rows(result)],
         "out_of_bounds": {"count": count, "okay": _truth(count == 0)},
-        "average_bus_bandwidth": {"bandwidth": average_busbw(result), "okay": "unchecked"},
+        "average_bus_bandwidth": {"bandwidth": average_busbw(results), "okay": "unchecked"},
         "errors": [],
         "end_time": datetime.now().strftime(_TIME_FORMAT),
     }
@@ -199,7 +208,7 @@ def as_json(result: Result, started: datetime, *, stats: bool) -> dict[str, Any]
 
 def result_json(result: Result, row: Row, *, stats: bool) -> dict[str, Any]:
     """Return one row as an entry of ``results``."""
-    kind, redop, root = _columns(result)
+    kind, operator, root = _columns(result)
     halves: dict[str, Any] = {}
     for place in _PLACES:
         cell = row.cells.get(place)
@@ -207,7 +216,7 @@ def result_json(result: Result, row: Row, *, stats: bool) -> dict[str, Any]:
         if stats and cell is not None:
             halves[f"{place}_per_iter"] = _per_iter(cell)
     return {
-        "size": result.options.nbytes(row.count), "count": row.count, "type": kind, "redop": redop, "root": root, **halves,
+        "size": result.options.nbytes(row.count), "count": row.count, "type": kind, "redop": operator, "root": root, **halves,
         "actual_iterations": max(len(cell.samples) for cell in row.cells.values()), "experiment_name": "",
     }  # fmt: skip
 

@@ -21,6 +21,7 @@ from rt._output_file import unwritable as why_unwritable
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _FRONTS = ("sync", "async")
 _FLOATS = ("half", "bfloat16", "float", "double")
+_ALL = "all"
 
 _HELP = (
     "Time {name}. The table is nccl-tests' ({program}): time is the median over samples, each sample starts at a barrier and the slowest "
@@ -101,9 +102,9 @@ def add(command: argparse.ArgumentParser, collective: Collective) -> None:
     option = command.add_argument
     if collective.moves:
         add_sizes(command, "4")
-        option("-d", choices=tuple(DTYPES), default="float", help="dtype, as nccl-tests calls it (default: float)")
+        option("-d", choices=(*DTYPES, _ALL), default="float", help="dtype, as nccl-tests calls it (default: float)")
     if collective.reduces:
-        option("-o", choices=tuple(OPS), default="sum", help="operator (default: sum)")
+        option("-o", choices=(*OPS, _ALL), default="sum", help="operator (default: sum); with all, avg is of floats only")
     if collective.rooted:
         option("-r", type=at_least(0), default=0, metavar="ROOT", help="root (default: 0)")
     option("--iters", type=iterations, default="auto", metavar="N", help="samples per size (default: auto, about 0.4 s)")
@@ -147,6 +148,28 @@ def options(arguments: argparse.Namespace, job_size: int | None = None) -> measu
         fronts=arguments.front, peers=arguments.peers, check=bool(arguments.c), backend=arguments.backend,
     )  # fmt: skip
     return _checked(found)
+
+
+def each(arguments: argparse.Namespace, job_size: int | None = None) -> list[measure.Options]:
+    """As ``options``, one per dtype and operator, in nccl-tests' order: ``all`` is each that there is.
+
+    Raises:
+        argparse.ArgumentTypeError: as there, or what else is asked for has room for one of each only.
+    """
+    given: dict[str, Any] = vars(arguments)
+    asked = [f"-{letter} {_ALL}" for letter in "do" if given.get(letter) == _ALL]
+    if not asked:
+        return [options(arguments, job_size)]
+    single = {"--peers": arguments.peers, "--plot": arguments.plot, f"--format {arguments.format}": arguments.format != "nccl"}
+    if narrow := [name for name, there in {**single, "--backend jaccl": arguments.backend == "jaccl"}.items() if there]:
+        raise argparse.ArgumentTypeError(f"{' '.join(asked)}: found {narrow[0]} beside it, expected one dtype and operator there")
+    wanted = [
+        {"d": dtype, **({"o": op} if "o" in given else {})}
+        for dtype in (DTYPES if given["d"] == _ALL else (given["d"],))
+        for op in (OPS if given.get("o") == _ALL else (given.get("o"),))
+        if op != "avg" or dtype in _FLOATS
+    ]
+    return [options(argparse.Namespace(**{**given, **one}), job_size) for one in wanted]
 
 
 def all_reduces(arguments: argparse.Namespace) -> measure.Options:

@@ -9,7 +9,7 @@ Every line of ours begins with ``#``, and none has the words by which readers of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -37,13 +37,21 @@ _REMARKS = {
 }
 
 
-def text(result: Result, shape: str = "nccl", *, stats: bool = False, target: str | None = None) -> str:
-    """Return everything that is printed, in one of ``FORMATS``."""
+def text(results: Sequence[Result], shape: str = "nccl", *, stats: bool = False, target: str | None = None) -> str:
+    """Return everything that is printed, in one of ``FORMATS``; only nccl-tests' has room for several dtypes and operators."""
     if shape == "osu":
-        return "\n".join(formats.osu(result, stats=stats))
+        return "\n".join(formats.osu(results[0], stats=stats))
     if shape == "gloo":
-        return "\n".join(formats.gloo(result))
-    return "\n".join([*nccl.text(result, notes(result), stats=stats, target=target), *side_by_side(result, stats=stats), ""])
+        return "\n".join(formats.gloo(results[0]))
+    ours = [line for result in results for line in (*_what(result, results), *side_by_side(result, stats=stats))]
+    return "\n".join([*nccl.text(results, notes(results[0]), stats=stats, target=target), *ours, ""])
+
+
+def _what(result: Result, results: Sequence[Result]) -> list[str]:
+    """Return what is measured in the tables that follow, where there are others."""
+    reduced = f" {result.options.op}" if result.options.collective.reduces else ""
+    title = [f"# {result.options.dtype}{reduced}"] if len(results) > 1 else []
+    return title if result is results[0] else ["#", *title]
 
 
 def notes(result: Result) -> list[str]:
@@ -127,12 +135,13 @@ def _comments(result: Result, place: str, systems: list[str], compute: Callable[
     return lines
 
 
-def as_json(result: Result, started: datetime, *, stats: bool = False) -> dict[str, Any]:
+def as_json(results: Sequence[Result], started: datetime, *, stats: bool = False) -> dict[str, Any]:
     """Return nccl-tests' document with one key more, ``rt``: the host, and per system everything that was measured of it."""
-    return {**nccl.as_json(result, started, stats=stats), "rt": _ours(result)}
+    return {**nccl.as_json(results, started, stats=stats), "rt": _ours(results)}
 
 
-def _ours(result: Result) -> dict[str, Any]:
+def _ours(results: Sequence[Result]) -> dict[str, Any]:
+    result = results[0]
     return {
         "host": host.facts(),
         "collective": result.options.collective.name,
@@ -142,7 +151,7 @@ def _ours(result: Result) -> dict[str, Any]:
                 "uses": result.greetings[name][0]["uses"],
                 "links": [greeting["links"] for greeting in result.greetings[name]],
                 "idle_share": result.idle_shares[name],
-                "results": [_row(result, name, index) for index in range(len(result.rows[name]))],
+                "results": [_row(each, name, index) for each in results for index in range(len(each.rows[name]))],
             }
             for name in result.options.systems
         },
@@ -163,4 +172,5 @@ def _row(result: Result, name: str, index: int) -> dict[str, Any]:
             "samples": len(cell.samples),
             "ratio": {front: cell.ratio(base) for front, base in bases.items() if base is not None},
         }
-    return {"size": result.options.nbytes(row.count), "count": row.count, "algorithm": row.algorithm, **places}
+    what = {"size": result.options.nbytes(row.count), "count": row.count, "type": result.options.dtype, "redop": nccl.redop(result)}
+    return {**what, "algorithm": row.algorithm, **places}

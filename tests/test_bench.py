@@ -186,6 +186,9 @@ def test_wrong_byte_counts_are_refused(word: str) -> None:
         ("all_reduce -d float32", "invalid choice: 'float32'"),
         ("all_reduce -o mean", "invalid choice: 'mean'"),
         ("all_reduce -o avg -d int8", "-o avg: found dtype int8, expected one of half"),
+        ("all_reduce -o all --peers nospin,tcp", "-o all: found --peers beside it, expected one dtype and operator there"),
+        ("all_gather -d all --format osu", "-d all: found --format osu beside it, expected one dtype and operator there"),
+        ("all_reduce -d all -b 4 -e 4", "-e 4 leaves no int64"),
         ("all_reduce -r 0", "unrecognized"),
         ("broadcast -r 2", "-r 2: expected a rank below 2"),
         ("barrier -b 4", "unrecognized"),
@@ -239,7 +242,7 @@ def test_defaults_are_what_the_help_says() -> None:
 
 def test_missing_peers_are_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RT_PEERS_PYTHON", "/nowhere/python")
-    monkeypatch.setattr(local, "run", lambda wanted: pytest.fail("started"))
+    monkeypatch.setattr(local, "run_each", lambda wanted: pytest.fail("started"))
     assert command_line.main(["all_reduce", "--peers", "gloo"]) == 1
     assert re.search(r"/nowhere/python does not exist; `make peers`", capsys.readouterr().err)
 
@@ -260,7 +263,7 @@ def test_missing_mpi_is_said_in_one_line(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.setenv("RT_PEERS_PYTHON", str(tmp_path / "bin" / "python"))
-    monkeypatch.setattr(local, "run", lambda wanted: pytest.fail("started"))
+    monkeypatch.setattr(local, "run_each", lambda wanted: pytest.fail("started"))
     assert command_line.main(["all_reduce", "--peers", f"tcp,{peer}"]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"rt.bench: no {peer} to compare with: there is no {tmp_path}/{missing}")
@@ -274,14 +277,14 @@ def test_collective_that_this_version_lacks_is_said(monkeypatch: pytest.MonkeyPa
 
 
 def test_wrong_results_fail_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(local, "run", lambda wanted: made_up(wanted, wrong=2))
+    monkeypatch.setattr(local, "run_each", lambda wanted: [made_up(*wanted, wrong=2)])
     assert command_line.main(["all_reduce", "-e", "4"]) == 1
     assert "# Out of bounds values : 4 FAILED" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--json", "-J"])
 def test_json_goes_where_it_is_told(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(local, "run", made_up)
+    monkeypatch.setattr(local, "run_each", lambda wanted: [made_up(*wanted)])
     assert command_line.main(["all_reduce", flag, "-"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["results"][0]["size"] == 4
@@ -295,13 +298,13 @@ def test_json_goes_where_it_is_told(flag: str, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize(("shape", "hint"), [("nccl", "busbw"), ("osu", "# OSU MPI-style Allreduce"), ("gloo", "BENCHMARK RESULTS")])
 def test_formats_are_told_apart(shape: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(local, "run", made_up)
+    monkeypatch.setattr(local, "run_each", lambda wanted: [made_up(*wanted)])
     assert command_line.main(["all_reduce", "--format", shape, "-e", "4"]) == 0
     assert hint in capsys.readouterr().out
 
 
 def test_plot_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(local, "run", made_up)
+    monkeypatch.setattr(local, "run_each", lambda wanted: [made_up(*wanted)])
     assert command_line.main(["all_reduce", "--plot", str(tmp_path / "f.png")]) == 0
     assert (tmp_path / "f.png").stat().st_size > 10_000
 
@@ -322,8 +325,8 @@ def test_plot_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def test_files_that_cannot_be_written_are_said_before_anything_is_measured(
     words: str, hint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (local, simulate, idle, tune):
-        monkeypatch.setattr(module, "run", lambda *_, **__: pytest.fail("measured"))
+    for module, start in ((local, "run_each"), (simulate, "run"), (idle, "run"), (tune, "run")):
+        monkeypatch.setattr(module, start, lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(SystemExit) as caught:
         command_line.main(words.format(tmp_path).split())
     assert caught.value.code == 2
@@ -333,7 +336,7 @@ def test_files_that_cannot_be_written_are_said_before_anything_is_measured(
 def test_looking_at_files_leaves_them_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     there, new = tmp_path / "there.json", tmp_path / "new.png"
     there.write_text("of before")
-    monkeypatch.setattr(local, "run", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(local, "run_each", lambda _: pytest.fail("measured"))
     with pytest.raises(pytest.fail.Exception, match="measured"):
         command_line.main(["all_reduce", "-J", str(there), "--plot", str(new)])
     assert there.read_text() == "of before" and not new.exists()

@@ -19,6 +19,7 @@ import pytest
 import ranks
 
 import rt
+from bench import __main__ as command_line
 from bench import adapters, conductor, exchange, local, measure, meeting, rank, samples
 from bench.collectives import COLLECTIVES, Bind, Bound, Buffers
 from bench.data import DTYPES, OPS, Array, Data
@@ -298,6 +299,16 @@ def test_dtypes_and_operators(dtype: str, op: str) -> None:
         measure.Options(COLLECTIVES["reduce_scatter"], 2, min_bytes=64, max_bytes=64, dtype=dtype, op=op, fronts=("sync",), **FEW)
     )
     assert result.wrong == 0 and result.rows["rt sync"][0].cells["fresh"].wrong == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("all_reduce -o all -d all", 10 * 4 + 4), ("all_gather -d all", 10), ("all_reduce -o avg -d all", 4)]
+)
+def test_all_dtypes_and_all_operators(words: str, expected: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main([*words.split(), "-b", "64", "-e", "64", "--front", "sync", "--iters", "2"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
+    assert len({(row[2], row[3]) for row in rows}) == len(rows) == expected
+    assert {row[0] for row in rows} == {"64"} and {row[8] for row in rows} == {row[12] for row in rows} == {"0"}
 
 
 def test_samples_are_those_asked_for_and_lie_in_rounds() -> None:

@@ -73,7 +73,7 @@ def _doubled(rounds: tuple[tuple[tuple[float, ...], ...], ...]) -> tuple[tuple[t
 
 
 def test_lines_are_what_nccl_tests_printf_makes() -> None:
-    lines = report.text(made_up()).split("\n")
+    lines = report.text([made_up()]).split("\n")
     assert CONFIG % (1, 0, 1 << 20, 1 << 20, 4, "factor", 5, 0, 1, 1, 0, 0) in lines
     assert DEVICE % (1, 0, 71, "node1", 0, "cpu", "A CPU") in lines
     at = lines.index(TITLES[0])
@@ -92,7 +92,7 @@ def test_a_line_of_nccl_tests_comes_out_again() -> None:
     real = "     2097152        524288     float     sum      -1   355.53    5.90    5.90       0   361.77    5.80    5.80       0"
     result = made_up(count=524288)
     result.rows["rt sync"][0] = measure.Row(524288, {"out_of_place": cell((355.53e-6,)), "in_place": cell((361.77e-6,))})
-    assert real in report.text(result).splitlines()
+    assert real in report.text([result]).splitlines()
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -100,12 +100,12 @@ def test_rooted_unreduced_and_unchecked_rows(check: bool) -> None:
     result = made_up("broadcast", wrong=0 if check else None, check=check, root=1, dtype="half", count=1 << 19)
     body = (BODY % ("1000.00", "  1.05", "  1.05", 0)) if check else (BODY_UNCHECKED % ("1000.00", "  1.05", "  1.05"))
     row = PREAMBLE % (1 << 20, 1 << 19, "half", "none", "%6i" % 1) + body
-    assert row in [line[: len(row)] for line in report.text(result).splitlines()]
-    assert f"validation: {int(check)} " in report.text(result)
+    assert row in [line[: len(row)] for line in report.text([result]).splitlines()]
+    assert f"validation: {int(check)} " in report.text([result])
 
 
 def test_stats_are_nccl_tests_per_iteration_columns() -> None:
-    lines = report.text(made_up(), stats=True).splitlines()
+    lines = report.text([made_up()], stats=True).splitlines()
     assert STATS_TITLE + " " in lines
     row = next(line for line in lines if re.match(r"\s+1048576 ", line))
     assert row.endswith(BODY % (" 500.00", "  2.10", "  2.10", 0) + PER_ITER % (" 500.00", " 500.00", " 500.00", "   0.00"))
@@ -124,13 +124,13 @@ def test_numbers_fit_their_column(value: float, width: int, shown: str) -> None:
 
 
 def test_what_is_not_offered_is_not_a_number() -> None:
-    (row,) = [line for line in report.text(made_up("barrier", count=0)).splitlines() if re.match(r"\s+0 ", line)]
+    (row,) = [line for line in report.text([made_up("barrier", count=0)]).splitlines() if re.match(r"\s+0 ", line)]
     assert row.split()[9:] == ["N/A"] * 4
     assert row.endswith(BODY_UNCHECKED % (("N/A",) * 3))
 
 
 def test_wrong_elements_fail() -> None:
-    text = report.text(made_up(wrong=3))
+    text = report.text([made_up(wrong=3)])
     assert "# Out of bounds values : 3 FAILED" in text.splitlines()
     assert "# warning: rt sync returned 3 wrong elements" in text
 
@@ -201,7 +201,7 @@ def test_readers_of_rows_find_ours_and_nothing_else(name: str) -> None:
     collective = COLLECTIVES[name]
     count = (1 << 17) if any(collective.blocks) else 1 << 18
     result = made_up(name, count=count, peers=("gloo", "nospin"))
-    text = report.text(result)
+    text = report.text([result])
     busbw = [round(nccl.bandwidths(result, count, seconds)[1], 2) for seconds in (1e-3, 5e-4)]
     expected = [(1 << 20, *busbw)]
     assert cloudai(text) == (expected, {"node0": 0, "node1": 0})
@@ -213,17 +213,17 @@ def test_readers_of_rows_find_ours_and_nothing_else(name: str) -> None:
 
 @pytest.mark.parametrize("where", list(AVERAGES))
 def test_readers_of_the_average_find_it_once(where: str) -> None:
-    text = report.text(made_up(peers=("gloo", "nospin")))
+    text = report.text([made_up(peers=("gloo", "nospin"))])
     assert [float(found) for found in re.findall(AVERAGES[where], text)] in ([1.57286], [1.0])
     assert [line.split()[-1] for line in text.splitlines() if "# Avg bus bandwidth" in line] == ["1.57286"]  # FlagPerf: awk '{print $NF}'
 
 
 def test_readers_of_stats_find_the_same_numbers_by_title() -> None:
-    assert superbench(report.text(made_up(), stats=True), in_place=False) == {1 << 20: (1.05, 1.05, 1000.0)}
+    assert superbench(report.text([made_up()], stats=True), in_place=False) == {1 << 20: (1.05, 1.05, 1000.0)}
 
 
 def test_every_line_that_nccl_tests_lacks_is_a_comment() -> None:
-    text = report.text(made_up(peers=("gloo", "tcp")), stats=True)
+    text = report.text([made_up(peers=("gloo", "tcp"))], stats=True)
     assert len([line for line in text.splitlines() if line and not line.startswith("#")]) == 1
     assert re.findall(r"^# Out of bounds values\s*:\s*(\d+) (OK|FAILED)", text, re.M) == [("0", "OK")]
 
@@ -232,14 +232,26 @@ def test_device_lines_are_read_back_as_nccl_tests_reads_its_own() -> None:
     # parseRankInfo of src/util.cu, a sscanf
     line = re.compile(r"#\s*Rank\s*(\d+)\s*Group\s*(\d+)\s*Pid\s*(\d+)\s*on\s*(\S+)\s*device\s*(\d+)\s*\[([^\]]+)\]\s*([^\n]+)")
     rest = ("0", "cpu", "A CPU")
-    assert line.findall(report.text(made_up())) == [("0", "0", "70", "node0", *rest), ("1", "0", "71", "node1", *rest)]
+    assert line.findall(report.text([made_up()])) == [("0", "0", "70", "node0", *rest), ("1", "0", "71", "node1", *rest)]
+
+
+def test_rows_of_several_dtypes_stand_in_one_table() -> None:
+    results = [made_up(peers=(), wrong=2), made_up(peers=(), dtype="half", op="max", count=1 << 19)]
+    lines = report.text(results).splitlines()
+    rows = [line.split()[:5] for line in lines if line.startswith(" ")]
+    assert rows == [["1048576", "262144", "float", "sum", "-1"], ["1048576", "524288", "half", "max", "-1"]]
+    assert "# Out of bounds values : 2 FAILED" in lines and "# Avg bus bandwidth    : 1.57286 " in lines
+    assert [line for line in lines if line in ("# float sum", "# half max")] == ["# float sum", "# half max"]
+    found = json.loads(json.dumps(report.as_json(results, datetime(2026, 1, 2, 3, 4, 5))))
+    assert [(row["type"], row["redop"]) for row in found["results"]] == [("float", "sum"), ("half", "max")]
+    assert [(row["type"], row["redop"]) for row in found["rt"]["systems"]["rt async"]["results"]] == [("float", "sum"), ("half", "max")]
 
 
 # --- nccl-tests' JSON ---------------------------------------------------------------------------------------------------------------------
 
 
 def document(result: measure.Result, *, stats: bool = False) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(report.as_json(result, datetime(2026, 1, 2, 3, 4, 5), stats=stats)))
+    found: dict[str, Any] = json.loads(json.dumps(report.as_json([result], datetime(2026, 1, 2, 3, 4, 5), stats=stats)))
     return found
 
 
@@ -304,7 +316,7 @@ def test_what_nccl_tests_has_no_place_for_stands_under_one_key() -> None:
 
 
 def test_systems_stand_side_by_side_with_ratios_and_algorithm() -> None:
-    lines = report.text(made_up()).splitlines()
+    lines = report.text([made_up()]).splitlines()
     for heading, titles, numbers in (
         ("# Out of place", ["rt sync (us)", "rt async (us)", "gloo (us)", "gloo/sync", "gloo/async"], [1000.0, 2000.0, 3000.0, 3.0, 1.5]),
         ("# In place", ["rt sync (us)", "rt async (us)", "gloo (us)", "gloo/sync", "gloo/async"], [500.0, 1000.0, 2000.0, 4.0, 2.0]),
@@ -319,7 +331,7 @@ def test_systems_stand_side_by_side_with_ratios_and_algorithm() -> None:
 
 
 def test_header_says_hosts_and_links() -> None:
-    lines = report.text(made_up()).splitlines()
+    lines = report.text([made_up()]).splitlines()
     assert "# host node1: ranks 1; A CPU; Linux 6" in lines
     assert "# links, tcp: all pairs" in lines
 
@@ -337,7 +349,7 @@ def test_links_that_differ_are_told_apart() -> None:
 def test_peer_that_burns_the_core_between_turns_is_reported() -> None:
     result = made_up()
     result.idle_shares["gloo"] = 0.9
-    assert "# warning: gloo used 90% of a core per rank between its turns" in report.text(result)
+    assert "# warning: gloo used 90% of a core per rank between its turns" in report.text([result])
 
 
 # --- OSU and gloo -------------------------------------------------------------------------------------------------------------------------
@@ -345,36 +357,36 @@ def test_peer_that_burns_the_core_between_turns_is_reported() -> None:
 
 def test_osu_form() -> None:
     # print_preamble and print_stats of osu_util_mpi.c: "%-*s%*s" and "%-*d%*.*f" in fields of 10 and 20
-    lines = report.text(made_up(), "osu").split("\n")
+    lines = report.text([made_up()], "osu").split("\n")
     assert lines[0] == ""
     assert re.fullmatch(r"# OSU MPI-style Allreduce Latency Test v\S+", lines[1])
     assert lines[2:] == ["%-10s%20s" % ("# Size", "Avg Latency(us)"), "%-10d%20.2f" % (1 << 20, 1000.0)]
-    full = report.text(made_up(), "osu", stats=True).split("\n")
+    full = report.text([made_up()], "osu", stats=True).split("\n")
     assert full[2].split("  ")[-1] == "Iterations"
     assert full[3] == "%-10d%20.2f%20.2f%20.2f%12d" % (1 << 20, 1000.0, 1000.0, 1000.0, 3)
     # how ReFrame's checks read it
-    assert re.search(r"^1048576\s+(?P<latency>\S+)", report.text(made_up(), "osu"), re.M)
+    assert re.search(r"^1048576\s+(?P<latency>\S+)", report.text([made_up()], "osu"), re.M)
 
 
 @pytest.mark.parametrize("name", ["all_gather", "all_to_all", "gather", "scatter", "reduce_scatter"])
 def test_osu_sizes_are_osus(name: str) -> None:
     size = 1 << 20 if name == "reduce_scatter" else 1 << 19
-    assert report.text(made_up(name, count=1 << 17), "osu").split("\n")[-1].split()[0] == str(size)
+    assert report.text([made_up(name, count=1 << 17)], "osu").split("\n")[-1].split()[0] == str(size)
 
 
 def test_osu_barrier_has_no_size() -> None:
-    assert report.text(made_up("barrier", count=0), "osu").split("\n")[2:] == ["# Avg Latency(us)", "%17.2f" % 1000.0]
+    assert report.text([made_up("barrier", count=0)], "osu").split("\n")[2:] == ["# Avg Latency(us)", "%17.2f" % 1000.0]
 
 
 def test_the_table_of_gloo_names_the_links_there_were() -> None:
     result = made_up()
-    assert "Device:      tcp, rt sync" in report.text(result, "gloo")
+    assert "Device:      tcp, rt sync" in report.text([result], "gloo")
     result.greetings["rt sync"] = [{"links": {"1": "shm", "2": "tcp 10.0.0.2:1"}}, {"links": {"0": "shm"}}]
-    assert "Device:      shm and tcp, rt sync" in report.text(result, "gloo")
+    assert "Device:      shm and tcp, rt sync" in report.text([result], "gloo")
 
 
 def test_gloo_form() -> None:
-    lines = report.text(made_up(), "gloo").split("\n")
+    lines = report.text([made_up()], "gloo").split("\n")
     assert lines[0] == "=" * 100 == lines[6]
     assert lines[1] == "%54s" % "ALL_REDUCE"
     assert lines[7] == "%57s" % "BENCHMARK RESULTS"
@@ -385,7 +397,7 @@ def test_gloo_form() -> None:
 
 @pytest.mark.parametrize("shape", ["osu", "gloo"])
 def test_wrong_elements_show_in_other_forms(shape: str) -> None:
-    assert report.text(made_up(wrong=3), shape).endswith("# 3 wrong elements")
+    assert report.text([made_up(wrong=3)], shape).endswith("# 3 wrong elements")
     assert formats.osu(made_up(), stats=False)[-1] != "# 0 wrong elements"
 
 
