@@ -265,17 +265,20 @@ def sendrecv(group: CoreGroup, x: Any, dst: int, src: int, out: Any, tag: int) -
     if np.may_share_memory(array, target):  # two works know nothing of each other's memory
         array, sent.borrows_source = arrays.copy(array), False
     work.result = target
-    # The receive first: the peer may send its message only once it knows of that, and would hear of it behind ours.
-    call = Call(Collective.RECV, arrives, Op.SUM, target.shape, target.size, root=origin, tag=number)
-    group.submit("sendrecv", call, None, target, work)
-    _remember_message(group, call, target)
-    call = Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=to, tag=number)
-    try:
-        group.submit("sendrecv", call, array, None, sent)
-    except BaseException:  # Ctrl-C: nobody will wait for what arrives
-        work.give_back()
-        raise
-    _remember_message(group, call, array if array is x else None)
+    sends = Call(Collective.SEND, dtype, Op.SUM, array.shape, array.size, root=to, tag=number)
+    receives = Call(Collective.RECV, arrives, Op.SUM, target.shape, target.size, root=origin, tag=number)
+    if not group.receives_first:
+        group.submit("sendrecv", sends, array, None, sent)
+        group.submit("sendrecv", receives, None, target, work)
+    else:
+        group.submit("sendrecv", receives, None, target, work)
+        try:
+            group.submit("sendrecv", sends, array, None, sent)
+        except BaseException:  # Ctrl-C: nobody will wait for what arrives
+            work.give_back()
+            raise
+    _remember_message(group, sends, array if array is x else None)
+    _remember_message(group, receives, target)
     return _both(sent, work)
 
 

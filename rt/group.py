@@ -144,12 +144,14 @@ class CoreGroup:
         timeout: seconds a collective may take unless the call says otherwise; None for ever.
         hosts: of each rank the number of its host, in the order in which ranks of the group come to hosts.
         making: ends when a library has connected its ranks, None where none has to.
+        receives_first: whether the receive of a ``sendrecv`` begins first.
         full_mesh, link_kind, tuning: what algorithms are chosen by, alike on all ranks: whether all pairs are connected, by what (one of
             ``tuning.LINKS``), and rank 0's table. Only where there are several ranks.
     """
 
     making: concurrent.futures.Future[Any] | None = None
     takes_devices = False  # whether its arrays may lie on devices
+    receives_first = True  # the peer may send its message only once it knows that, and would hear of it behind ours
 
     def __init__(
         self, world: World | None, ranks: Sequence[int], rank: int, name: str, identity: int, timeout: float | None = None

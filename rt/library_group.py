@@ -32,6 +32,7 @@ class LibraryGroup(CoreGroup):
     world: LibraryWorld
 
     way = ""  # in which calls go, where all ranks must go it alike
+    receives_first = False  # the send is the half that is only begun; libraries may block in the receive
 
     def __init__(self, world: LibraryWorld, ranks: Any, rank: int, name: str, identity: int, timeout: float | None) -> None:
         super().__init__(world, ranks, rank, name, identity, timeout)
